@@ -1,0 +1,130 @@
+"""The native format, specified in docs/formats.md: the hub's own tensors, int4 codes two per byte."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.errors import FormatError
+from vllm_sparse.formats.base import Format, TensorSpec, is_ignored
+from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme, get_scheme
+from vllm_sparse.weight import Sparse24Weight
+
+VERSION = 1
+_KEYS = frozenset(
+    ("quant_method", "version", "scheme", "group_size", "scale_dtype", "activation", "ignore", "producer")
+)
+_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int8 codes -8 … 7 ``[n, c]``, c even, into uint8 ``[n, c / 2]``, even columns in the low nibble."""
+    nibbles = codes.view(torch.uint8) & 15
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Inverse of ``pack_int4``: int8 ``[n, 2c]``."""
+    signed = packed.view(torch.int8)
+    return torch.stack(((signed << 4) >> 4, signed >> 4), dim=-1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Sparse24Format(Format):
+    """``quant_method: sparse24``, format version 1."""
+
+    scheme: Scheme
+    group_size: int = -1
+    scale_dtype: str = "float32"
+    static_input: bool = False
+    ignore: tuple[str, ...] = ()
+
+    name = "sparse24"
+    shard_k = 8
+
+    @classmethod
+    def matches(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("quant_method") == cls.name
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Sparse24Format:
+        where = "quantization_config"
+        if config.get("version") != VERSION:
+            raise FormatError(f"{where}: format version {config.get('version')!r} is not {VERSION}; update vllm-sparse")
+        if unknown := sorted(set(config) - _KEYS):
+            raise FormatError(f"{where}: unknown key {unknown[0]!r} in a version {VERSION} sparse24 config")
+        name = config.get("scheme")
+        if name not in SCHEMES:
+            raise FormatError(f"{where}: unknown scheme {name!r}, expected one of {', '.join(SCHEMES)}")
+        scheme, group_size = get_scheme(name), config.get("group_size", -1)
+        if group_size not in (GROUP_SIZES if scheme.grouped else (-1,)):
+            raise FormatError(f"{where}: group_size {group_size!r} is not possible for scheme {name}")
+        scale_dtype = config.get("scale_dtype", "float32")
+        if scale_dtype not in _SCALE_DTYPES:
+            raise FormatError(f"{where}: unknown scale_dtype {scale_dtype!r}")
+        activation = config.get("activation", "dynamic")
+        if activation not in (("dynamic", "static") if scheme.activation else ("dynamic",)):
+            raise FormatError(f"{where}: activation {activation!r} is not possible for scheme {name}")
+        ignore = config.get("ignore", [])
+        if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
+            raise FormatError(f"{where}: ignore must be a list of module names")
+        return cls(scheme, group_size, scale_dtype, activation == "static", tuple(ignore))
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the ``quantization_config`` of a checkpoint in this format."""
+        config: dict[str, Any] = {"quant_method": self.name, "version": VERSION, "scheme": self.scheme.name}
+        if self.scheme.grouped:
+            config["group_size"] = self.group_size
+        if self.scheme.scaled:
+            config["scale_dtype"] = self.scale_dtype
+        if self.scheme.activation is not None:
+            config["activation"] = "static" if self.static_input else "dynamic"
+        return config | {"ignore": list(self.ignore)}
+
+    def scheme_of(self, module: str) -> Scheme | None:
+        return None if is_ignored(module, self.ignore) else self.scheme
+
+    def tensors(self, module: str, n: int, k: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
+        if k % 4:
+            raise FormatError(f"{module}: 2:4 needs a multiple of 4 input features, got {k}")
+        scheme, scale_dtype = self.scheme, _SCALE_DTYPES[self.scale_dtype]
+        value_dtype = dtype if scheme.name == "bf16" else scheme.value_dtypes[0]
+        values = TensorSpec("weight_packed", (n, k // 2), value_dtype, 0, 1)
+        if scheme.weight_bits == 4:
+            values = TensorSpec("weight_packed", (n, k // 4), torch.uint8, 0, 1)
+        specs = [values, TensorSpec("weight_positions", (n, -(-k // 8)), torch.uint8, 0, 1)]
+        if scheme.scaled and self.group_size == -1:
+            specs.append(TensorSpec("weight_scale", (n, 1), scale_dtype, 0, None))
+        elif scheme.scaled:
+            if k % self.group_size:
+                raise FormatError(f"{module}: group size {self.group_size} does not divide the {k} input features")
+            specs.append(TensorSpec("weight_scale", (n, k // self.group_size), scale_dtype, 0, 1))
+        if self.static_input:
+            specs.append(TensorSpec("input_scale", (1,), torch.float32, None, None, per_part=True))
+        return tuple(specs)
+
+    def to_weight(self, module: str, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> Sparse24Weight:
+        values = tensors["weight_packed"]
+        if self.scheme.weight_bits == 4:
+            values = unpack_int4(values)
+        # Fused parts share one activation, so the largest of their static scales is the one that clips none of them.
+        input_scale = tensors["input_scale"].max().reshape(1) if self.static_input else None
+        weight = Sparse24Weight(
+            self.scheme, values, tensors["weight_positions"], tensors.get("weight_scale"), self.group_size, input_scale
+        )
+        weight.validate(module)
+        return weight
+
+    def from_weight(self, weight: Sparse24Weight) -> dict[str, Tensor]:
+        """Return the tensors to write for ``weight``, by ``TensorSpec.name``."""
+        values = pack_int4(weight.values) if self.scheme.weight_bits == 4 else weight.values
+        tensors = {"weight_packed": values, "weight_positions": weight.positions}
+        if weight.scales is not None:
+            tensors["weight_scale"] = weight.scales.to(_SCALE_DTYPES[self.scale_dtype])
+        if weight.input_scale is not None:
+            tensors["input_scale"] = weight.input_scale.float()
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
