@@ -16,9 +16,19 @@ from vllm_sparse.weight import Sparse24Weight
 
 VERSION = 1
 _KEYS = frozenset(
-    ("quant_method", "version", "scheme", "group_size", "scale_dtype", "activation", "ignore", "producer")
+    (
+        "quant_method",
+        "version",
+        "scheme",
+        "value_dtype",
+        "group_size",
+        "scale_dtype",
+        "activation",
+        "ignore",
+        "producer",
+    )
 )
-_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -38,6 +48,7 @@ class Sparse24Format(Format):
     """``quant_method: sparse24``, format version 1."""
 
     scheme: Scheme
+    value_dtype: str = "bfloat16"  # of scheme bf16 alone, which also holds float16
     group_size: int = -1
     scale_dtype: str = "float32"
     static_input: bool = False
@@ -63,8 +74,11 @@ class Sparse24Format(Format):
         scheme, group_size = get_scheme(name), config.get("group_size", -1)
         if group_size not in (GROUP_SIZES if scheme.grouped else (-1,)):
             raise FormatError(f"{where}: group_size {group_size!r} is not possible for scheme {name}")
+        value_dtype = config.get("value_dtype", "bfloat16")
+        if value_dtype not in (("bfloat16", "float16") if name == "bf16" else ("bfloat16",)):
+            raise FormatError(f"{where}: value_dtype {value_dtype!r} is not possible for scheme {name}")
         scale_dtype = config.get("scale_dtype", "float32")
-        if scale_dtype not in _SCALE_DTYPES:
+        if scale_dtype not in _DTYPES:
             raise FormatError(f"{where}: unknown scale_dtype {scale_dtype!r}")
         activation = config.get("activation", "dynamic")
         if activation not in (("dynamic", "static") if scheme.activation else ("dynamic",)):
@@ -72,11 +86,13 @@ class Sparse24Format(Format):
         ignore = config.get("ignore", [])
         if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
             raise FormatError(f"{where}: ignore must be a list of module names")
-        return cls(scheme, group_size, scale_dtype, activation == "static", tuple(ignore))
+        return cls(scheme, value_dtype, group_size, scale_dtype, activation == "static", tuple(ignore))
 
     def to_config(self) -> dict[str, Any]:
         """Return the ``quantization_config`` of a checkpoint in this format."""
         config: dict[str, Any] = {"quant_method": self.name, "version": VERSION, "scheme": self.scheme.name}
+        if not self.scheme.scaled:
+            config["value_dtype"] = self.value_dtype
         if self.scheme.grouped:
             config["group_size"] = self.group_size
         if self.scheme.scaled:
@@ -91,8 +107,8 @@ class Sparse24Format(Format):
     def tensors(self, module: str, n: int, k: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         if k % 4:
             raise FormatError(f"{module}: 2:4 needs a multiple of 4 input features, got {k}")
-        scheme, scale_dtype = self.scheme, _SCALE_DTYPES[self.scale_dtype]
-        value_dtype = dtype if scheme.name == "bf16" else scheme.value_dtypes[0]
+        scheme, scale_dtype = self.scheme, _DTYPES[self.scale_dtype]
+        value_dtype = scheme.value_dtypes[0] if scheme.scaled else _DTYPES[self.value_dtype]
         values = TensorSpec("weight_packed", (n, k // 2), value_dtype, 0, 1)
         if scheme.weight_bits == 4:
             values = TensorSpec("weight_packed", (n, k // 4), torch.uint8, 0, 1)
@@ -124,7 +140,7 @@ class Sparse24Format(Format):
         values = pack_int4(weight.values) if self.scheme.weight_bits == 4 else weight.values
         tensors = {"weight_packed": values, "weight_positions": weight.positions}
         if weight.scales is not None:
-            tensors["weight_scale"] = weight.scales.to(_SCALE_DTYPES[self.scale_dtype])
+            tensors["weight_scale"] = weight.scales.to(_DTYPES[self.scale_dtype])
         if weight.input_scale is not None:
             tensors["input_scale"] = weight.input_scale.float()
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
