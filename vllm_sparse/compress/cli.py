@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
-from vllm_sparse.compress.recipe import PRUNERS, QUANTIZERS
+from vllm_sparse.compress.recipe import PRUNERS, QUANTIZERS, Recipe
 from vllm_sparse.scheme import SCHEMES
 
-_RECIPE_OPTIONS = (
-    "scheme", "pruner", "quantizer", "group_size", "iterations", "dampening", "ignore", "num_samples", "seq_len", "seed",
-)  # fmt: skip
+_RECIPE_OPTIONS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

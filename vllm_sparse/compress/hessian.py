@@ -85,7 +85,7 @@ def damp(h: Tensor, dampening: float = 0.01, layer: str = "layer") -> Damped:
             if factor is not None:
                 return Damped(damped, factor.float(), dampening, dead)
         dampening = dampening * _DAMPENING_STEP if dampening else 1e-6
-    raise UnsupportedError(f"{layer}: the Hessian is not positive definite with any dampening; use more calibration text")
+    raise UnsupportedError(f"{layer}: no dampening makes the Hessian positive definite; use more calibration text")
 
 
 def _inverse_factor(h: Tensor) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -78,7 +79,7 @@ def compress_layer(
     error = _relative_error(weight, dense, h)
     zeros = 1 - float(nonzero_mask(hub.values).sum()) / weight.numel()
     dampening = None if damped is None else damped.dampening
-    report = LayerReport(name, *weight.shape, error, ratio, dampening, tokens, zeros, note)
+    report = LayerReport(name, weight.shape[0], weight.shape[1], error, ratio, dampening, tokens, zeros, note)
     return hub, dense, report
 
 

@@ -46,16 +46,19 @@ class _Recorder:
     first: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hidden_name = None if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-        hidden = args[0] if args else kwargs.pop(hidden_name)
+        if args:
+            hidden, call = args[0], BlockCall(args[1:], kwargs)
+        else:
+            name = next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+            hidden, call = kwargs.pop(name), BlockCall((), kwargs, name)
         self.first = hidden if self.first is None else self.first
-        self.calls.append(BlockCall(args[1:], kwargs, hidden_name))
+        self.calls.append(call)
         if len(self.calls) == self.blocks:
-            raise _LastBlock
+            raise _LastBlockError
         return (hidden,) if self.as_tuple else hidden
 
 
-class _LastBlock(Exception):
+class _LastBlockError(Exception):
     """Ends a forward pass where the final norm and the head would only cost time."""
 
 
@@ -87,7 +90,9 @@ class BlockModel:
                 self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
         except (ValueError, KeyError, OSError, AttributeError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise FormatError(f"{checkpoint.path}: not a causal language model transformers can build ({reason})") from error
+            raise FormatError(
+                f"{checkpoint.path}: not a causal language model transformers can build ({reason})"
+            ) from error
         self._model.requires_grad_(False)
         self.prefix, self.blocks = _repeated_blocks(self._model, str(checkpoint.path))
         self._file_names = self._match_names()
@@ -104,8 +109,8 @@ class BlockModel:
         return {name: m for name, m in self._model.named_modules() if isinstance(m, nn.Linear)}
 
     def file_name(self, parameter: str) -> str:
-        """Return what the checkpoint calls ``parameter`` of the model."""
-        return self._file_names[parameter]
+        """Return what the checkpoint calls ``parameter`` of the model; a tied head is not in it and keeps its name."""
+        return self._file_names.get(parameter, parameter)
 
     def load(self, block: int) -> nn.Module:
         """Fill a block with its weights, on the device.
@@ -141,7 +146,7 @@ class BlockModel:
             block.forward = recorder
         try:
             self._model(input_ids=ids.to(self._device), use_cache=False)
-        except _LastBlock:
+        except _LastBlockError:
             pass
         finally:
             for block in self.blocks:
@@ -217,7 +222,7 @@ def _repeated_blocks(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
 def _parameters_on_meta() -> Iterator[None]:
     """Let modules be built without memory for parameters; buffers are computed as usual."""
 
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.device.type == "meta":
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

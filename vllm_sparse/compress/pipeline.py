@@ -27,6 +27,7 @@ from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
 
 _TOKENS_AT_ONCE = 4096
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def compress(
@@ -109,10 +110,12 @@ class _Job:
         linears = self._model.all_linears()
         self.dense = tuple(self.file_name(name) for name in linears if name not in set(self.chosen))
         self._check_layers(linears)
+        scheme = get_scheme(recipe.scheme)
         self.format = Sparse24Format(
-            get_scheme(recipe.scheme),
+            scheme,
+            "bfloat16" if scheme.scaled else _dtype_name(self._value_dtype),
             recipe.group,
-            str(recipe.scale_dtype).removeprefix("torch."),
+            _dtype_name(recipe.scale_dtype),
             ignore=self.dense,
         )
         self._written: set[str] = set()
@@ -175,7 +178,7 @@ class _Job:
             self._add(writer, name, tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor)
         config["quantization_config"] = self.format.to_config()
         config.pop("torch_dtype", None)
-        config["dtype"] = str(self._value_dtype).removeprefix("torch.")
+        config["dtype"] = _dtype_name(self._value_dtype)
         writer.write_json("config.json", config)
         for file in self.checkpoint.other_files():
             if file.name not in ("README.md", "report.json"):
@@ -183,9 +186,7 @@ class _Job:
         writer.flush()
         return self._bytes
 
-    def _layer(
-        self, name: str, linear: nn.Linear, hessians: BlockHessians, writer: CheckpointWriter
-    ) -> LayerReport:
+    def _layer(self, name: str, linear: nn.Linear, hessians: BlockHessians, writer: CheckpointWriter) -> LayerReport:
         h, tokens = hessians.of(name)
         hub, dense, report = compress_layer(name, linear.weight.float(), h, tokens, self._recipe, self._value_dtype)
         linear.weight.copy_(dense)
@@ -206,7 +207,9 @@ class _Job:
         for name in self.chosen:
             k = linears[name].in_features
             if k % 4:
-                raise FormatError(f"{name}: 2:4 needs a multiple of 4 input features, got {k}; leave it out with --ignore")
+                raise FormatError(
+                    f"{name}: 2:4 needs a multiple of 4 input features, got {k}; leave it out with --ignore"
+                )
             check_group_size(get_scheme(self._recipe.scheme), self._recipe.group, k, name)
 
     def _check_length(self, length: int) -> None:
@@ -219,6 +222,10 @@ def _line(report: LayerReport) -> str:
     optimum = "" if report.optimum_ratio is None else f"  optimum x{report.optimum_ratio:.3f}"
     note = f"  ({report.note})" if report.note else ""
     return f"{report.name}  error {report.error:.4f}{optimum}{note}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _source_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -249,7 +256,7 @@ def _directory(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
+        return Path(snapshot_download(str(model), allow_patterns=_MODEL_FILES))
     except Exception as error:  # the library raises its own and its network layer's errors
         reason = str(error).strip().splitlines()[0]
         raise FormatError(f"{model}: no such directory, and not a model that can be fetched ({reason})") from error

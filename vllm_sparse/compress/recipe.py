@@ -15,7 +15,7 @@ from vllm_sparse.scheme import GROUP_SIZES, get_scheme
 
 PRUNERS = ("sparsegpt", "wanda", "magnitude", "none")
 QUANTIZERS = ("gptq", "joint", "rtn")
-# Routers decide which expert sees a token: a thousandth of the weights, and an error in one changes everything after it.
+# Routers decide which expert sees a token: few weights, and an error in one changes everything after it.
 ALWAYS_DENSE = ("lm_head", r"re:.*[._](gate|router)$")
 _DEFAULT_ITERATIONS = {"sparsegpt": 40, "wanda": 40, "magnitude": 0, "none": 0}
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -143,4 +143,3 @@ def make_recipe(options: Mapping[str, Any], where: str = "recipe") -> Recipe:
 def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OptionError(f"unknown {what} {value!r}: expected one of {', '.join(choices)}")
-

@@ -126,7 +126,8 @@ def model_card(report: Report, name: str) -> str:
 # {name}
 
 `{report.model}` with {len(report.layers)} linear layers pruned to 2:4 and stored as {report.recipe.scheme}:
-{report.bytes_before / 1e6:.1f} MB of tensors became {report.bytes_after / 1e6:.1f} MB. {len(report.dense)} linear layers stay dense.
+{report.bytes_before / 1e6:.1f} MB of tensors became {report.bytes_after / 1e6:.1f} MB.
+{len(report.dense)} linear layers stay dense.
 
 ## Use
 ```
@@ -146,8 +147,8 @@ Read back from the written files: {checked.violations} of {checked.groups} group
 {checked.zeros:.2%} of the weights of these layers are zero.
 
 ## Layers
-Error is ||(W - W')X|| / ||WX|| on the calibration inputs. Optimum is the squared error after least squares over the least
-that the layer's mask allows.
+Error is ||(W - W')X|| / ||WX|| on the calibration inputs. Optimum is the squared error after least squares over the
+least that the layer's mask allows.
 
 | layer | shape | error | optimum | dampening | tokens | zeros | note |
 |---|---|--:|--:|--:|--:|--:|---|
