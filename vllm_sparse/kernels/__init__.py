@@ -6,10 +6,11 @@ import torch
 
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import Kernel
+from vllm_sparse.kernels.cpu import CpuKernel
 from vllm_sparse.kernels.reference import ReferenceKernel
 from vllm_sparse.weight import LinearSpec
 
-KERNELS: tuple[Kernel, ...] = (ReferenceKernel(),)
+KERNELS: tuple[Kernel, ...] = (CpuKernel(), ReferenceKernel())
 
 
 def reasons_against(spec: LinearSpec, device: torch.device) -> dict[str, str | None]:
