@@ -26,7 +26,7 @@ PROMPTS = [[5, 9, 2, 7], [3], [11, 4], [8, 8, 8], [60, 1, 2], [40, 41], [7, 30, 
 
 @pytest.fixture(scope="module")
 def dense_model(tmp_path_factory):
-    """A random Llama in float32 (so that no tie can flip a greedy token) whose linear weights are 2:4."""
+    """A random bf16 Llama whose linear weights are 2:4. Served in float32, so that no tie can flip a greedy token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,

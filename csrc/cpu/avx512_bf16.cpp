@@ -48,6 +48,7 @@ VLLM_SPARSE_INLINE void accumulate_bf16(const std::uint8_t* weight, const std::u
 #pragma GCC unroll 16
         for (int r = 0; r < rows; ++r) partial[i][r] = _mm512_setzero_ps();
     for (std::int64_t p = 0; p < panels; ++p, weight += panel_bytes(format), x += kColumns * rows) {
+        fetch_ahead<format>(weight);
         const __m512i positions = _mm512_loadu_si512(weight);
         each<kGroups>([&](auto index) __attribute__((always_inline)) {
             constexpr int g = decltype(index)::value;

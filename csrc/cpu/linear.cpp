@@ -18,9 +18,9 @@ namespace {
 
 // Rows multiplied at a time: bounds the memory for laid-out activations.
 constexpr std::int64_t kRowsPerPass = 512;
-// Above 16 rows, columns per block: a tile's activations then stay in the L1 cache (16 x 512 x 2 bytes = 16 KB) while
-// kStripesPerBlock stripes go by.
-constexpr std::int64_t kColumnsPerBlock = 512;
+// With more than one tile, columns per block and stripes that share it: a tile's activations (64 KB in bf16) and the
+// stripes' weights stay in the L2 cache. 256 to 2048 columns and 4 to 16 stripes are within 5 % on Zen 4.
+constexpr std::int64_t kColumnsPerBlock = 2048;
 constexpr std::int64_t kStripesPerBlock = 8;
 
 // Grows and never shrinks, one per thread: no allocation in the steady state.

@@ -29,6 +29,15 @@ VLLM_SPARSE_INLINE void each(Step&& step) {
 // log2 of a tile's rows to rows.
 constexpr int tile_rows(int tile) { return 1 << tile; }
 
+// Bytes that weights are fetched ahead of their use. Above one row the arithmetic of a panel outlasts what the hardware
+// prefetcher dares: 10 to 30 % at 2 to 16 rows on Zen 4, where 2 to 8 KB are alike.
+constexpr int kAhead = 3072;
+
+template <Format format>
+VLLM_SPARSE_INLINE void fetch_ahead(const std::uint8_t* panel) {
+    for (int i = 0; i < panel_bytes(format); i += kLine) __builtin_prefetch(panel + kAhead + i);
+}
+
 // The two kept values of group g as floats. fp8 comes out times 2^-8: widened to fp16, whose exponent bias is 8
 // larger, and the conversion from fp16 keeps subnormals in every floating-point mode.
 template <class V, Format format, int g>
@@ -67,6 +76,7 @@ VLLM_SPARSE_INLINE void accumulate(const std::uint8_t* weight, const float* x, s
 #pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) sums[r] = odd[r] = V::zero();
     for (std::int64_t p = 0; p < panels; ++p, weight += panel_bytes(format), x += kColumns * rows) {
+        fetch_ahead<format>(weight);
         const typename V::Int positions = V::load(weight);
         each<kGroups>([&](auto index) __attribute__((always_inline)) {
             constexpr int g = decltype(index)::value;
@@ -123,6 +133,7 @@ void multiply_int8(const Block& b) {
 #pragma GCC unroll 16
                 for (int r = 0; r < rows; ++r) sums[i][r] = V::zero_int();
             for (std::int64_t p = 0; p < count; ++p, weight += panel_bytes(Format::int8), x += kColumns * rows) {
+                fetch_ahead<Format::int8>(weight);
                 const typename V::Int positions = V::load(weight);
                 each<kGroups / 2>([&](auto index) __attribute__((always_inline)) {
                     constexpr int j = decltype(index)::value;

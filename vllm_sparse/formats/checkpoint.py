@@ -218,7 +218,7 @@ class CheckpointWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; it is on disk as soon as its shard is full."""
         if self._pending_bytes and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-            self._flush()
+            self.flush()
         tensor = tensor.detach().cpu().contiguous()
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             tensor = tensor.clone()  # a view would keep all of its storage in memory until the shard is written
@@ -239,7 +239,10 @@ class CheckpointWriter:
         with _named_output_errors(self.directory / file.name):
             shutil.copyfile(file, self.directory / file.name)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Put every tensor added so far on disk, in a shard of ``directory``."""
+        if self._shards and not self._pending:
+            return
         path = self.directory / f"shard-{len(self._shards):05d}.safetensors"
         with _named_output_errors(path):
             save_file(_unshared(self._pending), path, metadata={"format": "pt"})
@@ -248,8 +251,7 @@ class CheckpointWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def _finish(self) -> None:
-        if self._pending or not self._shards:
-            self._flush()
+        self.flush()
         weight_map = {}
         for number, (path, names) in enumerate(self._shards, 1):
             file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
