@@ -130,7 +130,7 @@ def test_scheme_option_needs_a_dense_checkpoint(vllm_context: VllmContext) -> No
 
 def test_kernel_can_be_forced(vllm_context: VllmContext) -> None:
     with vllm_context(options={"kernel": "reference"}):
-        assert layer_method(new_config(None), "down_proj") == "Sparse24OnlineLinearMethod"
+        assert layer_method(new_config(None), "down_proj") == "Sparse24DetectedLinearMethod"
 
 
 def test_registration_is_idempotent_and_known_to_vllm() -> None:
