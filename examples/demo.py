@@ -134,7 +134,7 @@ def main() -> None:
     dense = args.out / "tiny-llama"
     if args.model:
         dense = Path(args.model if Path(args.model).exists() else snapshot_download(args.model))
-    elif not (dense / "evaluation.txt").exists():
+    elif not (dense / "model.safetensors").exists():
         run("tiny_llama", str(dense))
     calibration = args.out / "calibration.txt"
     calibration.write_text("\n".join(source_texts(evaluation=False))[: 1 << 20], encoding="utf-8")

@@ -100,20 +100,22 @@ def compress(model: PreTrainedModel, scheme_name: str, static: bool = False) -> 
 def save_native(
     model: PreTrainedModel, path: Path, scheme_name: str, static: bool = False, ignore: tuple[str, ...] = ("lm_head",)
 ) -> NativeModel:
-    """Write ``model`` as a native checkpoint; give ``model`` itself the dequantized weights and return both."""
+    """Write ``model`` as a native checkpoint; give ``model`` itself the dequantized weights in float32; return both."""
     weights = {name: w for name, w in compress(model, scheme_name, static).items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
     fmt = Sparse24Format(SCHEMES[scheme_name], group_size, "float32", static, ignore)
-    state: dict[str, Tensor] = dict(model.state_dict())
+    state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
+    model = model.float()
     for name, weight in weights.items():
         del state[f"{name}.weight"]
         state |= {f"{name}.{key}": tensor for key, tensor in fmt.from_weight(weight).items()}
         linear_layers(model)[name].weight.data.copy_(weight.to_dense())
+    config = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": fmt.to_config()}
     with CheckpointWriter(path) as writer:
         for key in sorted(state):
             writer.add(key, state[key])
-        writer.write_json("config.json", model.config.to_dict() | {"quantization_config": fmt.to_config()})
+        writer.write_json("config.json", config)
     save_tokenizer(path)
     return NativeModel(path, model)

@@ -197,6 +197,8 @@ class CheckpointWriter:
         if self.out.is_dir() and any(self.out.iterdir()) and not force:
             raise OutputError(f"{self.out}: the output directory is not empty; use --force to replace it")
         self.directory = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
+        self._umask = os.umask(0o022)  # it can be read only by setting it
+        os.umask(self._umask)
 
     def __enter__(self) -> CheckpointWriter:
         with _named_output_errors(self.directory):
@@ -246,6 +248,7 @@ class CheckpointWriter:
         path = self.directory / f"shard-{len(self._shards):05d}.safetensors"
         with _named_output_errors(path):
             save_file(_unshared(self._pending), path, metadata={"format": "pt"})
+            path.chmod(0o666 & ~self._umask)  # safetensors creates files that only their owner can read
         self._shards.append((path, list(self._pending)))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0

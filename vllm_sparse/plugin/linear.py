@@ -138,7 +138,8 @@ class _Sparse24Base(LinearMethodBase):
         for name, tensor in packed.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         self.spec, self.kernel, self._packed_names = spec, kernel, tuple(packed)
-        self.config.report.sparse(self.module, spec, kernel.name, reasons_against(spec, weight.device))
+        nbytes = sum(tensor.nbytes for tensor in packed.values())
+        self.config.report.sparse(self.module, spec, kernel.name, reasons_against(spec, weight.device), nbytes)
 
 
 @register_weight_loader_v2_supported_method
