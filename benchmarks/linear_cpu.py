@@ -205,7 +205,8 @@ def main() -> None:
                     name, rate = f"{peer.kernel:15}{peer.scheme:6}", peer.weight_bytes / seconds
                     print(
                         f"{model} {layer:8}{name} m={m:<4} n={n:<6} k={k:<6}{seconds * 1e6:10.1f} us "
-                        f"{rate / 1e9:5.1f} GB/s {rate / bandwidth:4.0%} of read {m * n * k / seconds / 1e9:4.0f} GMAC/s",
+                        f"{rate / 1e9:5.1f} GB/s {rate / bandwidth:4.0%} of read "
+                        f"{m * n * k / seconds / 1e9:4.0f} GMAC/s",
                         flush=True,
                     )
                     row = {"kernel": peer.kernel, "scheme": peer.scheme, "model": model, "layer": layer}
