@@ -48,7 +48,9 @@ class Row:
 def run(*command: str) -> None:
     """Run a command in the foreground, with this interpreter's environment."""
     print(f"$ python -m {' '.join(command)}", flush=True)
-    subprocess.run([sys.executable, "-m", *command], check=True, env=os.environ | {"PYTHONPATH": str(HERE)})
+    # Threads that spin while they wait for each other take the cores from each other when the machine is shared.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | dict(os.environ) | {"PYTHONPATH": str(HERE)}
+    subprocess.run([sys.executable, "-m", *command], check=True, env=environment)
 
 
 def evaluation_windows(model: Path) -> list[list[int]]:
@@ -132,7 +134,7 @@ def main() -> None:
     dense = args.out / "tiny-llama"
     if args.model:
         dense = Path(args.model if Path(args.model).exists() else snapshot_download(args.model))
-    elif not (dense / "evaluation.txt").exists():
+    elif not (dense / "model.safetensors").exists():
         run("tiny_llama", str(dense))
     calibration = args.out / "calibration.txt"
     calibration.write_text("\n".join(source_texts(evaluation=False))[: 1 << 20], encoding="utf-8")

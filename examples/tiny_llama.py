@@ -106,7 +106,7 @@ def train(model: LlamaForCausalLM, tokens: Tensor, seconds: float) -> float:
 
 
 def main() -> None:
-    """Train, and write the model, its tokenizer and the two texts that compression and evaluation use."""
+    """Train, and write the model and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=105, help="wall-clock limit of the training")
@@ -117,10 +117,8 @@ def main() -> None:
     tokens = torch.tensor(tokenizer("\n".join(texts))["input_ids"])
     model = new_model()
     loss = train(model, tokens, args.seconds)
-    model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    (args.out / "calibration.txt").write_text("\n".join(texts)[: 1 << 20], encoding="utf-8")
-    (args.out / "evaluation.txt").write_text("\n".join(source_texts(evaluation=True)), encoding="utf-8")
+    model.to(torch.bfloat16).save_pretrained(args.out)
     print(f"trained on {len(tokens)} tokens, loss {loss:.3f}, perplexity {math.exp(loss):.1f}")
 
 

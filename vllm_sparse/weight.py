@@ -6,7 +6,7 @@ A 2:4 weight keeps exactly two entries of every aligned group of four along the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ _ROWS_AT_ONCE = 1 << 24  # entries per block of rows: bounds the int64 index tha
 def _bytes_if_fp8(tensor: Tensor) -> Tensor:
     """View fp8 as uint8, since indexing kernels exist for bytes everywhere and for fp8 not."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
+
+def _exact_in_fp32(values: Tensor) -> Tensor:
+    """Widen fp8, for which few operations exist; the rest stays as it is."""
+    return values.float() if values.dtype == torch.float8_e4m3fn else values
 
 
 def nonzero_mask(dense: Tensor) -> Tensor:
@@ -90,8 +95,12 @@ class Sparse24Weight:
             The weight is code times scale; there is no zero point.
         group_size: input features per scale, -1 for one scale per output channel.
         input_scale: float32 ``[1]``, the static activation scale, or None (dynamic, one per token).
+        layer: not kept; the layer's name for the constructor's errors.
 
     The constructor checks shapes and dtypes; ``validate`` checks the data.
+
+    Raises:
+        FormatError, OptionError: naming ``layer`` and the shape, dtype or group size that does not fit.
     """
 
     scheme: Scheme
@@ -100,9 +109,10 @@ class Sparse24Weight:
     scales: Tensor | None = None
     group_size: int = -1
     input_scale: Tensor | None = None
+    layer: InitVar[str] = "weight"
 
-    def __post_init__(self) -> None:
-        self._check_shapes("weight")
+    def __post_init__(self, layer: str) -> None:
+        self._check_shapes(layer)
 
     @property
     def n(self) -> int:
@@ -170,7 +180,7 @@ class Sparse24Weight:
             if blocks
             else torch.empty(0, -(-k // 8), dtype=torch.uint8, device=dense.device)
         )
-        return cls(scheme, values, positions, scales, group_size, input_scale)
+        return cls(scheme, values, positions, scales, group_size, input_scale, layer)
 
     def to_dense_codes(self) -> Tensor:
         """Return the stored values at their places in a dense ``[n, k]`` of the values' dtype, zeros elsewhere."""
@@ -203,17 +213,24 @@ class Sparse24Weight:
         Raises:
             FormatError: naming ``layer`` and what is wrong.
         """
-        nibbles = self.nibbles()
+        step = max(1, _ROWS_AT_ONCE // max(1, self.k))
+        for start in range(0, self.n, step):
+            self._validate_rows(slice(start, start + step), layer)
+        for what, scale in (("a weight scale", self.scales), ("the input scale", self.input_scale)):
+            if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise FormatError(f"{layer}: {what} is zero, negative, NaN or Inf")
+
+    def _validate_rows(self, rows: slice, layer: str) -> None:
+        values, positions = self.values[rows], self.positions[rows]
+        nibbles = unpack_nibbles(positions, self.k // 4)
         if not bool(((nibbles & 3) < (nibbles >> 2)).all()):
             raise FormatError(f"{layer}: positions of a 2:4 group are out of order or repeated")
-        values = self.values
-        if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
+        if self.k % 8 and not bool((positions[:, -1] >> 4 == 4).all()):
+            raise FormatError(f"{layer}: the unused half of the last byte of positions is not 4")
+        if values.is_floating_point() and not bool(torch.isfinite(_exact_in_fp32(values)).all()):
             raise FormatError(f"{layer}: the weight holds NaN or Inf")
         if self.scheme.weight_bits == 4 and values.numel() and (int(values.min()) < -8 or int(values.max()) > 7):
             raise FormatError(f"{layer}: a 4-bit code is outside -8 … 7")
-        for what, scale in (("weight scale", self.scales), ("input scale", self.input_scale)):
-            if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise FormatError(f"{layer}: a {what} is zero, negative, NaN or Inf")
 
     def _check_shapes(self, layer: str) -> None:
         scheme, values = self.scheme, self.values
@@ -233,10 +250,12 @@ class Sparse24Weight:
             if list(self.scales.shape) != shape or self.scales.dtype not in _SCALE_DTYPES:
                 got = f"{self.scales.dtype} {list(self.scales.shape)}"
                 raise FormatError(f"{layer}: expected floating-point weight scales {shape}, got {got}")
-        if self.input_scale is not None and (scheme.activation is None or list(self.input_scale.shape) != [1]):
-            raise FormatError(
-                f"{layer}: scheme {scheme.name} does not take an input scale of shape {list(self.input_scale.shape)}"
-            )
+        if self.input_scale is not None:
+            if scheme.activation is None:
+                raise FormatError(f"{layer}: scheme {scheme.name} has no input scale")
+            if self.input_scale.dtype != torch.float32 or list(self.input_scale.shape) != [1]:
+                got = f"{self.input_scale.dtype} {list(self.input_scale.shape)}"
+                raise FormatError(f"{layer}: expected an input scale torch.float32 [1], got {got}")
 
 
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

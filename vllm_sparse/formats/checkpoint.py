@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from torch import Tensor
 from vllm_sparse.errors import FormatError, OutputError
 
 INDEX = "model.safetensors.index.json"
+_MAX_JSON_BYTES = 1 << 28
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,6 +30,10 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -48,14 +54,18 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size of the data in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in ``path``; raise FormatError naming the file when there is none."""
     try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise FormatError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file of a model")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except FormatError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: bad UTF-8, bad JSON, a number too long
         raise FormatError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path}: expected a JSON object")
@@ -64,6 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 class Checkpoint:
     """The tensors and files of a model directory. Headers are read and checked at once, data on demand through mmap.
+
+    Use as a context manager, or call ``close``.
 
     Attributes:
         path: the directory.
@@ -85,13 +97,19 @@ class Checkpoint:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        index = self._index()
-        for file in index:
-            self._open(file)
-        for file, names in index.items():
-            missing = [name for name in names if name not in self.tensors]
-            if missing:
-                raise FormatError(f"{self.path / file}: tensor {missing[0]} is in the index but not in the file")
+        try:
+            self._read_headers()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def load(self, name: str) -> Tensor:
         """Return tensor ``name``, on the CPU."""
@@ -109,6 +127,15 @@ class Checkpoint:
     def close(self) -> None:
         """Close the shards."""
         self._stack.close()
+
+    def _read_headers(self) -> None:
+        index = self._index()
+        for file in index:
+            self._open(file)
+        for file, names in index.items():
+            for name in names:
+                if name not in self.tensors or self.tensors[name].file != file:
+                    raise FormatError(f"{self.path / file}: tensor {name!r} is in the index but not in the file")
 
     def _index(self) -> dict[str, list[str]]:
         if not (self.path / INDEX).is_file():
@@ -134,12 +161,14 @@ class Checkpoint:
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
                 view = handle.get_slice(name)
                 if name in self.tensors:
-                    raise FormatError(f"{self.path / file}: tensor {name} is in {self.tensors[name].file} as well")
+                    raise FormatError(f"{self.path / file}: tensor {name!r} is in {self.tensors[name].file} as well")
+                if view.get_dtype() not in _DTYPES:
+                    raise FormatError(f"{self.path / file}: tensor {name!r} has unsupported dtype {view.get_dtype()}")
                 self.tensors[name] = TensorInfo(tuple(view.get_shape()), _DTYPES[view.get_dtype()], file)
-        except (SafetensorError, OSError) as error:
+        except FormatError:
+            raise
+        except (SafetensorError, OSError, ValueError, OverflowError) as error:
             raise FormatError(f"{self.path / file}: truncated or not a safetensors file ({error})") from error
-        except KeyError as error:
-            raise FormatError(f"{self.path / file}: tensor of unsupported dtype {error}") from error
         self._files[file] = handle
 
 
@@ -154,18 +183,22 @@ class CheckpointWriter:
     """
 
     def __init__(self, out: str | Path, force: bool = False, shard_bytes: int = 5 << 30) -> None:
-        self.out = Path(out)
+        self.out = Path(os.path.abspath(out))
         self._force = force
         self._shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[tuple[Path, list[str]]] = []
         self._total_bytes = 0
+        if not self.out.name:
+            raise OutputError(f"{self.out}: is not a directory that can be replaced")
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(f"{self.out}: exists and is not a directory")
         if self.out.is_dir() and any(self.out.iterdir()) and not force:
             raise OutputError(f"{self.out}: the output directory is not empty; use --force to replace it")
         self.directory = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
+        self._umask = os.umask(0o022)  # it can be read only by setting it
+        os.umask(self._umask)
 
     def __enter__(self) -> CheckpointWriter:
         with _named_output_errors(self.directory):
@@ -187,8 +220,11 @@ class CheckpointWriter:
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a tensor; it is on disk as soon as its shard is full."""
         if self._pending_bytes and self._pending_bytes + tensor.nbytes > self._shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+            self.flush()
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # a view would keep all of its storage in memory until the shard is written
+        self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
 
     def write_text(self, name: str, text: str) -> None:
@@ -205,22 +241,26 @@ class CheckpointWriter:
         with _named_output_errors(self.directory / file.name):
             shutil.copyfile(file, self.directory / file.name)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Put every tensor added so far on disk, in a shard of ``directory``."""
+        if self._shards and not self._pending:
+            return
         path = self.directory / f"shard-{len(self._shards):05d}.safetensors"
         with _named_output_errors(path):
-            save_file(self._pending, path, metadata={"format": "pt"})
+            save_file(_unshared(self._pending), path, metadata={"format": "pt"})
+            path.chmod(0o666 & ~self._umask)  # safetensors creates files that only their owner can read
         self._shards.append((path, list(self._pending)))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
 
     def _finish(self) -> None:
-        if self._pending or not self._shards:
-            self._flush()
+        self.flush()
         weight_map = {}
         for number, (path, names) in enumerate(self._shards, 1):
             file = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
             file = file if len(self._shards) > 1 else "model.safetensors"
-            path.rename(self.directory / file)
+            with _named_output_errors(self.directory / file):
+                path.rename(self.directory / file)
             weight_map.update(dict.fromkeys(names, file))
         if len(self._shards) > 1:
             self.write_json(INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
@@ -231,8 +271,24 @@ class CheckpointWriter:
         old = self.out.with_name(f".{self.out.name}.old-{os.getpid()}")
         if self.out.is_dir() and any(self.out.iterdir()):
             self.out.rename(old)
-        self.directory.rename(self.out)
+        try:
+            self.directory.rename(self.out)
+        except OSError:
+            if old.exists():
+                old.rename(self.out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` with copies of those that share memory, as tied weights do; safetensors refuses them."""
+    seen: set[int] = set()
+    unshared = {}
+    for name, tensor in tensors.items():
+        address = tensor.data_ptr()
+        unshared[name] = tensor.clone() if address in seen else tensor
+        seen.add(address)
+    return unshared
 
 
 class _named_output_errors:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import Format, TensorSpec, is_ignored
-from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme, get_scheme
+from vllm_sparse.formats.base import Format, TensorSpec, is_ignored, largest_input_scale, names_in
+from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme
 from vllm_sparse.weight import Sparse24Weight
 
 VERSION = 1
@@ -29,6 +29,17 @@ _KEYS = frozenset(
     )
 )
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_VALUE_DTYPES = ("bfloat16", "float16")
+_ACTIVATIONS = ("dynamic", "static")
+
+
+def _choice(config: Mapping[str, Any], key: str, default: Any, allowed: tuple[Any, ...], where: str) -> Any:
+    """Return ``config[key]``, which has to be one of ``allowed`` and of its type (JSON has 1, 1.0 and true)."""
+    value = config.get(key, default)
+    for choice in allowed:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    raise FormatError(f"{where}: {key} {value!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def pack_int4(codes: Tensor) -> Tensor:
@@ -68,25 +79,17 @@ class Sparse24Format(Format):
             raise FormatError(f"{where}: format version {config.get('version')!r} is not {VERSION}; update vllm-sparse")
         if unknown := sorted(set(config) - _KEYS):
             raise FormatError(f"{where}: unknown key {unknown[0]!r} in a version {VERSION} sparse24 config")
-        name = config.get("scheme")
-        if name not in SCHEMES:
-            raise FormatError(f"{where}: unknown scheme {name!r}, expected one of {', '.join(SCHEMES)}")
-        scheme, group_size = get_scheme(name), config.get("group_size", -1)
-        if group_size not in (GROUP_SIZES if scheme.grouped else (-1,)):
-            raise FormatError(f"{where}: group_size {group_size!r} is not possible for scheme {name}")
-        value_dtype = config.get("value_dtype", "bfloat16")
-        if value_dtype not in (("bfloat16", "float16") if name == "bf16" else ("bfloat16",)):
-            raise FormatError(f"{where}: value_dtype {value_dtype!r} is not possible for scheme {name}")
-        scale_dtype = config.get("scale_dtype", "float32")
-        if scale_dtype not in _DTYPES:
-            raise FormatError(f"{where}: unknown scale_dtype {scale_dtype!r}")
-        activation = config.get("activation", "dynamic")
-        if activation not in (("dynamic", "static") if scheme.activation else ("dynamic",)):
-            raise FormatError(f"{where}: activation {activation!r} is not possible for scheme {name}")
-        ignore = config.get("ignore", [])
-        if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
-            raise FormatError(f"{where}: ignore must be a list of module names")
-        return cls(scheme, value_dtype, group_size, scale_dtype, activation == "static", tuple(ignore))
+        scheme = SCHEMES[_choice(config, "scheme", None, tuple(SCHEMES), where)]
+        where = f"{where} of scheme {scheme.name}"
+        return cls(
+            scheme,
+            _choice(config, "value_dtype", "bfloat16", ("bfloat16",) if scheme.scaled else _VALUE_DTYPES, where),
+            _choice(config, "group_size", -1, GROUP_SIZES if scheme.grouped else (-1,), where),
+            _choice(config, "scale_dtype", "float32", tuple(_DTYPES), where),
+            _choice(config, "activation", "dynamic", _ACTIVATIONS if scheme.activation else ("dynamic",), where)
+            == "static",
+            names_in(config.get("ignore"), "ignore"),
+        )
 
     def to_config(self) -> dict[str, Any]:
         """Return the ``quantization_config`` of a checkpoint in this format."""
@@ -105,35 +108,46 @@ class Sparse24Format(Format):
         return None if is_ignored(module, self.ignore) else self.scheme
 
     def tensors(self, module: str, n: int, k: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        if k % 4:
+        if k % 4 or not k:
             raise FormatError(f"{module}: 2:4 needs a multiple of 4 input features, got {k}")
         scheme, scale_dtype = self.scheme, _DTYPES[self.scale_dtype]
         value_dtype = scheme.value_dtypes[0] if scheme.scaled else _DTYPES[self.value_dtype]
-        values = TensorSpec("weight_packed", (n, k // 2), value_dtype, 0, 1)
+        values = TensorSpec("weight_packed", (n, k // 2), value_dtype, 0, 1, input_multiple=4)
         if scheme.weight_bits == 4:
-            values = TensorSpec("weight_packed", (n, k // 4), torch.uint8, 0, 1)
-        specs = [values, TensorSpec("weight_positions", (n, -(-k // 8)), torch.uint8, 0, 1)]
+            values = TensorSpec("weight_packed", (n, k // 4), torch.uint8, 0, 1, input_multiple=4)
+        specs = [values, TensorSpec("weight_positions", (n, -(-k // 8)), torch.uint8, 0, 1, input_multiple=8)]
         if scheme.scaled and self.group_size == -1:
             specs.append(TensorSpec("weight_scale", (n, 1), scale_dtype, 0, None))
         elif scheme.scaled:
             if k % self.group_size:
                 raise FormatError(f"{module}: group size {self.group_size} does not divide the {k} input features")
-            specs.append(TensorSpec("weight_scale", (n, k // self.group_size), scale_dtype, 0, 1))
+            shape = (n, k // self.group_size)
+            specs.append(TensorSpec("weight_scale", shape, scale_dtype, 0, 1, input_multiple=self.group_size))
         if self.static_input:
             specs.append(TensorSpec("input_scale", (1,), torch.float32, None, None, per_part=True))
         return tuple(specs)
 
-    def to_weight(self, module: str, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> Sparse24Weight:
+    def features(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+        shape = shapes.get("weight_packed")
+        if shape is None:
+            return None
+        if len(shape) != 2:
+            raise FormatError(f"{module}: expected weight_packed to be a matrix, got shape {list(shape)}")
+        return shape[0], shape[1] * (4 if self.scheme.weight_bits == 4 else 2)
+
+    def _to_weight(
+        self, module: str, tensors: Mapping[str, Tensor], parts: Sequence[int], full_k: int
+    ) -> Sparse24Weight:
         values = tensors["weight_packed"]
-        if self.scheme.weight_bits == 4:
-            values = unpack_int4(values)
-        # Fused parts share one activation, so the largest of their static scales is the one that clips none of them.
-        input_scale = tensors["input_scale"].max().reshape(1) if self.static_input else None
-        weight = Sparse24Weight(
-            self.scheme, values, tensors["weight_positions"], tensors.get("weight_scale"), self.group_size, input_scale
+        return Sparse24Weight(
+            self.scheme,
+            unpack_int4(values) if self.scheme.weight_bits == 4 else values,
+            tensors["weight_positions"],
+            tensors["weight_scale"] if self.scheme.scaled else None,
+            self.group_size,
+            largest_input_scale(tensors["input_scale"]) if self.static_input else None,
+            layer=module,
         )
-        weight.validate(module)
-        return weight
 
     def from_weight(self, weight: Sparse24Weight) -> dict[str, Tensor]:
         """Return the tensors to write for ``weight``, by ``TensorSpec.name``."""
