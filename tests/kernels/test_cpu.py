@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import OptionError
-from vllm_sparse.kernels import cpu
+from vllm_sparse.kernels import choose_kernel, cpu
 from vllm_sparse.kernels.reference import quantize_activations
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight, pack_nibbles
@@ -251,6 +251,12 @@ def test_w4a8_is_w4a16_with_int8_activations(tier: str, group_size: int, dtype: 
         y = kernel.apply(spec, kernel.prepare(spec, weight), x, None, bias)
         # Unsigned codes add 128 times the weights' sums and take them away again: float32 loses a little of the result.
         assert (y.double() - want).norm() <= max(TOLERANCE[dtype], 4e-6) * want.norm()
+
+
+def test_w4a8_runs_only_when_asked_for() -> None:
+    spec = LinearSpec(get_scheme("w4a16"), 16, 64, 32, torch.bfloat16, torch.bfloat16)
+    assert choose_kernel(spec, torch.device("cpu")).name == "cpu"
+    assert choose_kernel(spec, torch.device("cpu"), only="cpu_w4a8").name == "cpu_w4a8"
 
 
 def test_w4a8_is_for_w4a16_alone() -> None:
