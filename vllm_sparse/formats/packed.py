@@ -17,7 +17,8 @@ from vllm_sparse.weight import Sparse24Weight
 
 def unpack_columns(packed: Tensor, bits: int) -> Tensor:
     """Return the unsigned codes of int32 ``[n, c]``, lowest bits first: uint8 ``[n, c * 32 / bits]``."""
-    data = packed.contiguous().view(torch.uint8)
+    # Flat first: a matrix of one column may be contiguous with a stride that a view of bytes does not accept.
+    data = packed.reshape(-1).contiguous().view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
     return data if bits == 8 else torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
 
 
