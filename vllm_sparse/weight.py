@@ -216,9 +216,9 @@ class Sparse24Weight:
         step = max(1, _ROWS_AT_ONCE // max(1, self.k))
         for start in range(0, self.n, step):
             self._validate_rows(slice(start, start + step), layer)
-        for what, scale in (("weight scale", self.scales), ("input scale", self.input_scale)):
+        for what, scale in (("a weight scale", self.scales), ("the input scale", self.input_scale)):
             if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise FormatError(f"{layer}: a {what} is zero, negative, NaN or Inf")
+                raise FormatError(f"{layer}: {what} is zero, negative, NaN or Inf")
 
     def _validate_rows(self, rows: slice, layer: str) -> None:
         values, positions = self.values[rows], self.positions[rows]

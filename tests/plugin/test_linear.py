@@ -239,7 +239,9 @@ def test_dense_checkpoint_is_compressed_as_it_arrives(vllm_context: VllmContext)
     assert layer.weight_packed.shape == (512, HIDDEN // 2)
     got = layer.quant_method.apply(layer, torch.eye(HIDDEN, dtype=torch.bfloat16)).T
     assert torch.equal(got, torch.cat([gate, up]))
-    assert config.report.lines() == ["sparse24: 1 of 1 linear layers run 2:4, scheme bf16, kernel reference"]
+    assert config.report.lines() == [
+        "sparse24: 1 of 1 linear layers run 2:4, scheme bf16, kernel reference, 0.29 MB packed"
+    ]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[1:])
@@ -265,7 +267,7 @@ def test_dense_layer_that_is_not_sparse_stays_dense_and_is_counted(vllm_context:
         out = layers[1].quant_method.apply(layers[1], torch.ones(1, HIDDEN, dtype=torch.bfloat16))
     assert torch.equal(out, torch.full((1, 256), float(HIDDEN), dtype=torch.bfloat16))
     assert config.report.lines() == [
-        "sparse24: 1 of 2 linear layers run 2:4, scheme bf16, kernel reference",
+        "sparse24: 1 of 2 linear layers run 2:4, scheme bf16, kernel reference, 0.15 MB packed",
         "sparse24: 1 not 2:4, served dense: layers.0.gate",
     ]
 

@@ -75,6 +75,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint:
     """The tensors and files of a model directory. Headers are read and checked at once, data on demand through mmap.
 
+    Use as a context manager, or call ``close``.
+
     Attributes:
         path: the directory.
         config: the parsed config.json.
@@ -100,6 +102,14 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def load(self, name: str) -> Tensor:
         """Return tensor ``name``, on the CPU."""

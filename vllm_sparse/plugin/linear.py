@@ -165,7 +165,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         for name, tensor in packed.items():
             layer.register_parameter(self._attributes[name], Parameter(tensor, requires_grad=False))
         self.spec, self.kernel = spec, kernel
-        self.config.report.sparse(self.module, spec, kernel.name, reasons_against(spec, weight.device))
+        nbytes = sum(tensor.nbytes for tensor in packed.values())
+        self.config.report.sparse(self.module, spec, kernel.name, reasons_against(spec, weight.device), nbytes)
 
     def _remove_loaded(self, layer: torch.nn.Module) -> None:
         for spec in self._specs:

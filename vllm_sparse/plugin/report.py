@@ -18,6 +18,7 @@ class LoadReport:
     def __init__(self) -> None:
         self._expected = 0
         self._sparse: dict[str, tuple[str, str]] = {}
+        self._bytes: Counter[tuple[str, str]] = Counter()
         self._dense: dict[str, str] = {}
         self._ignored: set[str] = set()
         self._fallbacks: Counter[str] = Counter()
@@ -31,9 +32,12 @@ class LoadReport:
         """``module`` is stored dense, as the checkpoint's config says."""
         self._ignored.add(module)
 
-    def sparse(self, module: str, spec: LinearSpec, kernel: str, reasons: Mapping[str, str | None]) -> None:
-        """``module`` runs 2:4 with ``kernel``; ``reasons`` says for each kernel why it could not."""
+    def sparse(
+        self, module: str, spec: LinearSpec, kernel: str, reasons: Mapping[str, str | None], nbytes: int
+    ) -> None:
+        """``module`` runs 2:4 with ``kernel`` from ``nbytes``; ``reasons`` says for each kernel why it could not."""
         self._sparse[module] = (spec.scheme.name, kernel)
+        self._bytes[self._sparse[module]] += nbytes
         if kernel == "reference":
             self._fallbacks["; ".join(f"{name}: {why}" for name, why in reasons.items() if why)] += 1
         self._finish_if_complete()
@@ -60,8 +64,9 @@ class LoadReport:
         total = len(self._sparse) + len(self._dense) + len(self._ignored)
         runs = Counter(self._sparse.values())
         lines = [
-            f"sparse24: {count} of {total} linear layers run 2:4, scheme {scheme}, kernel {kernel}"
-            for (scheme, kernel), count in sorted(runs.items())
+            f"sparse24: {count} of {total} linear layers run 2:4, scheme {run[0]}, kernel {run[1]}, "
+            f"{self._bytes[run] / 1e6:.2f} MB packed"
+            for run, count in sorted(runs.items())
         ]
         if self._ignored:
             lines.append(f"sparse24: {len(self._ignored)} stored dense by the checkpoint: {_some(self._ignored)}")
