@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
+from tests.plugin.layers import prune_to_two_of_four
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.formats.checkpoint import CheckpointWriter
-from vllm_sparse.plugin.made_up import prune_to_two_of_four, quantize_at_load
+from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import Sparse24Weight
 

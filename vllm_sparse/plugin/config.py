@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_sparse.errors import OptionError, UnsupportedError
-from vllm_sparse.formats import FORMATS, Format, detect
+from vllm_sparse.formats import Format, claims, detect
+from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.passthrough import PassThroughFormat
+from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.plugin import METHOD
-from vllm_sparse.plugin.compat import additional_config, warn_if_untested
-from vllm_sparse.plugin.dense import DenseFormat
+from vllm_sparse.plugin.compat import additional_config, logger, warn_if_untested
 from vllm_sparse.plugin.options import Options
 from vllm_sparse.plugin.report import LoadReport
 from vllm_sparse.scheme import Scheme, get_scheme
@@ -25,32 +27,32 @@ class Sparse24Config(QuantizationConfig):
     """vLLM's view of a 2:4 checkpoint.
 
     Attributes:
-        stored: how the 2:4 layers are stored; None for a dense checkpoint, whose 2:4 layers are found while loading.
-        stock: vLLM's own config for what is not ours, where the checkpoint is quantized in a way vLLM knows.
+        format: how the layers that are, or may be, 2:4 are stored.
+        stock: vLLM's own config for the others; None if they are not quantized.
         report: what was loaded how.
     """
 
-    def __init__(self, stored: Format | None = None, stock: QuantizationConfig | None = None) -> None:
+    def __init__(self, fmt: Format | None = None) -> None:
         super().__init__()
-        self.stored = stored
-        self.stock = stock
+        self.format = fmt or DenseFormat()
+        self.stock = stock_config(self.format)
         self.report = LoadReport()
 
     @cached_property
     def options(self) -> Options:
         """The user's options, read when the first layer is made, since vLLM's config is not known before."""
         options = Options.parse(additional_config())
-        if options.scheme is not None and self.stored is not None:
+        if options.scheme is not None and not isinstance(self.format, DenseFormat):
             raise OptionError(
                 f"additional-config {METHOD}: scheme {options.scheme!r} applies to dense checkpoints, "
-                f"this one is stored as {self.stored.name}"
+                f"this one is stored as {self.format.name}"
             )
         return options
 
     @property
-    def format(self) -> Format:
-        """The format of the layers that are, or may be, 2:4."""
-        return self.stored or DenseFormat(get_scheme(self.options.scheme or "bf16"))
+    def load_scheme(self) -> Scheme | None:
+        """The scheme that 2:4 layers of a dense checkpoint are quantized to while loading, None for their own."""
+        return None if self.options.scheme is None else get_scheme(self.options.scheme)
 
     @classmethod
     def get_name(cls) -> str:
@@ -75,14 +77,18 @@ class Sparse24Config(QuantizationConfig):
             FormatError: it is one of ours and wrong.
             UnsupportedError: it is none of the formats we read.
         """
-        stored = detect(config)
-        if stored is None:
-            method = config.get("quant_method")
+        fmt = detect(config)
+        if fmt is None:
             raise UnsupportedError(
-                f"--quantization {METHOD}: the checkpoint's quantization_config (quant_method {method!r}, format "
-                f"{config.get('format')!r}) is none of the 2:4 formats this version reads"
+                f"--quantization {METHOD}: the checkpoint's quantization_config (quant_method "
+                f"{config.get('quant_method')!r}, format {config.get('format')!r}) is none of the 2:4 formats this "
+                f"version reads"
             )
-        return cls(stored, stock_config(config))
+        if isinstance(fmt, SparseBitmaskFormat):
+            fmt.tensors("the model", 0, 0, torch.bfloat16)  # says how to convert it
+        if isinstance(fmt, PassThroughFormat):
+            logger.info("sparse24: nothing in this checkpoint is 2:4; vLLM's own methods serve it")
+        return cls(fmt)
 
     @classmethod
     def override_quantization_method(
@@ -92,19 +98,14 @@ class Sparse24Config(QuantizationConfig):
         if user_quant == METHOD:
             return METHOD
         try:
-            kind = next((kind for kind in FORMATS if kind.matches(hf_quant_cfg)), None)
-            if user_quant in (None, hf_quant_cfg.get("quant_method")) and kind is not None:
-                return METHOD if kind.claims(hf_quant_cfg) else None
+            ours = user_quant in (None, hf_quant_cfg.get("quant_method")) and claims(hf_quant_cfg)
         except Exception:  # called for every quantized model there is, also for those with odd configs
             return None
-        return None
+        return METHOD if ours else None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename the modules that the checkpoint's config lists, from the checkpoint's names to vLLM's."""
-        stored = self.stored
-        if is_dataclass(stored) and any(field.name == "ignore" for field in fields(stored)):
-            names = hf_to_vllm_mapper.apply_list(list(stored.ignore))  # type: ignore[attr-defined]
-            self.stored = replace(stored, ignore=tuple(names))  # type: ignore[type-var, call-arg, assignment]
+        self.format = renamed_modules(self.format, hf_to_vllm_mapper)
         if self.stock is not None:
             self.stock.apply_vllm_mapper(hf_to_vllm_mapper)
 
@@ -112,8 +113,7 @@ class Sparse24Config(QuantizationConfig):
         """Return vLLM's renaming of tensors, and the names that the checkpoint's format has others for."""
         from vllm.model_executor.models.utils import WeightsMapper
 
-        renamed = {} if self.stored is None else dict(self.stored.renamed)
-        return WeightsMapper(orig_to_new_suffix=renamed) | QuantizationConfig.get_cache_scale_mapper()
+        return WeightsMapper(orig_to_new_suffix=dict(self.format.renamed)) | QuantizationConfig.get_cache_scale_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of a linear layer; anything else is left to vLLM."""
@@ -166,11 +166,25 @@ def fused_names(module: str, packed_modules_mapping: Mapping[str, list[str]]) ->
     return [f"{parent}{dot}{part}" for part in packed_modules_mapping.get(name, [name])]
 
 
-def stock_config(config: Mapping[str, Any]) -> QuantizationConfig | None:
-    """Return vLLM's own config for the checkpoint, its sparsity left out; None if vLLM has none."""
-    if config.get("quant_method") != "compressed-tensors" or config.get("format") == "marlin-24":
+def stock_config(fmt: Format) -> QuantizationConfig | None:
+    """Return vLLM's own config for the layers that ``fmt`` leaves to others, None if those are not quantized."""
+    config = fmt.stock_config()
+    if config is None:
         return None
     from vllm.model_executor.layers.quantization import get_quantization_config
 
-    cleaned = deepcopy({key: value for key, value in config.items() if key != "sparsity_config"})
-    return get_quantization_config("compressed-tensors").from_config(cleaned)
+    return get_quantization_config("compressed-tensors").from_config(deepcopy(config))
+
+
+def renamed_modules(value: Any, mapper: Any) -> Any:
+    """Return a format (or a part of one) in which every tuple of module names went through vLLM's ``mapper``."""
+    changes: dict[str, Any] = {}
+    for field in fields(value):
+        old = getattr(value, field.name)
+        if not isinstance(old, tuple):
+            continue
+        if all(isinstance(entry, str) for entry in old):
+            changes[field.name] = tuple(mapper.apply_list(list(old)))
+        else:
+            changes[field.name] = tuple(renamed_modules(entry, mapper) for entry in old)
+    return replace(value, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +16,14 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_sparse.errors import FormatError, NotSparseError, UnsupportedError
 from vllm_sparse.formats import Format, TensorSpec
+from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
 from vllm_sparse.kernels.base import Kernel
 from vllm_sparse.plugin.compat import Quantizer, activation_quantizer, begin_online_loading, is_dummy_load
 from vllm_sparse.plugin.layer import layer_spec
-from vllm_sparse.plugin.made_up import random_weight
-from vllm_sparse.plugin.parameters import load_replicated, make_parameter
-from vllm_sparse.scheme import Scheme
+from vllm_sparse.plugin.made_up import quantize_at_load, random_weight
+from vllm_sparse.plugin.parameters import load_replicated, make_parameter, take_complete
+from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def _tensors(self) -> tuple[TensorSpec, ...]:
         try:
-            return self.format.tensors(self.stored_as, sum(self.parts), self.k, self.dtype)
+            return self.format.tensors(self.stored_as, sum(self.parts), self.k, self._storage_dtype())
         except FormatError as error:
             if not self._is_split():
                 raise
@@ -126,6 +128,10 @@ class Sparse24LinearMethod(LinearMethodBase):
                 f"{self.full_k} input features to a rank: {error}; use a smaller tensor parallel size"
             ) from error
 
+    def _storage_dtype(self) -> torch.dtype:
+        """Return the dtype that unquantized values are kept in: the model's, or bf16 where that is float32."""
+        return self.dtype if self.dtype in SCHEMES["bf16"].value_dtypes else torch.bfloat16
+
     def _process(self, layer: torch.nn.Module) -> None:
         self._install(layer, self._weight(layer))
 
@@ -133,7 +139,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Make the hub weight of what was loaded, or a random one for a dummy load."""
         if self.dummy:
             device = layer.get_parameter(self._specs[0].name).device
-            return random_weight(layer_spec(self.format, self.stored_as, sum(self.parts), self.k, self.dtype), device)
+            dtype = self._storage_dtype()
+            return random_weight(layer_spec(self.format, self.stored_as, sum(self.parts), self.k, dtype), device)
         return self.format.to_weight(self.stored_as, self._loaded(layer), self.parts, self.full_k)
 
     def _loaded(self, layer: torch.nn.Module) -> dict[str, Tensor]:
@@ -141,8 +148,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         loaded = {}
         for spec in self._specs:
             parameter: Any = layer.get_parameter(spec.name)
-            complete = parameter.is_complete()
-            parameter.loaded.clear()
+            complete = take_complete(parameter)
             if not complete and not (spec.optional or spec.metadata):
                 raise FormatError(
                     f"{self.module}: tensor {spec.name} is not in the checkpoint, or only a part of it; "
@@ -185,13 +191,22 @@ class Sparse24DetectedLinearMethod(Sparse24LinearMethod):
     uses_meta_device = True
 
     def __init__(self, config: Sparse24Config, module: str, stored_as: str, scheme: Scheme) -> None:
-        super().__init__(config, module, stored_as, scheme)
+        super().__init__(config, module, stored_as, config.load_scheme or scheme)
         self._stock: LinearMethodBase | None = None
+        self._reason = ""
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **named: Any) -> None:
-        """Register the checkpoint's tensors on the meta device."""
-        super().create_weights(layer, *sizes, **named)
-        begin_online_loading(layer)
+        """Register the checkpoint's tensors on the meta device, or vLLM's own where no layer like this can be 2:4."""
+        try:
+            super().create_weights(layer, *sizes, **named)
+        except (FormatError, UnsupportedError) as error:
+            if self.config.options.strict:
+                raise
+            self._reason = str(error)
+            self._stock = self.config.stock_method(layer, self.module)
+            self._stock.create_weights(layer, *sizes, **named)
+        else:
+            begin_online_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias``, sparse or dense as the weight turned out to be."""
@@ -205,9 +220,20 @@ class Sparse24DetectedLinearMethod(Sparse24LinearMethod):
     def _check_shard(self) -> None:
         """Any share will do: one that cannot be 2:4 is served dense."""
 
+    def _tensors(self) -> tuple[TensorSpec, ...]:
+        specs = super()._tensors()
+        if isinstance(self.format, DenseFormat) and self.dtype != torch.float32:
+            # vLLM rounds a float32 checkpoint to the dtype that the model runs in.
+            return tuple(replace(spec, accepts=(*spec.accepts, torch.float32)) for spec in specs)
+        return specs
+
     def _process(self, layer: torch.nn.Module) -> None:
+        if self._stock is not None and self._reason:
+            self._stock.process_weights_after_loading(layer)
+            self.config.report.dense(self.module, self._reason)
+            return
         try:
-            weight = self._weight(layer)
+            weight = quantize_at_load(self._weight(layer), self.scheme, self.module)
         except (NotSparseError, UnsupportedError) as error:
             # A layer that ran 2:4 before its weights were reloaded has no place for dense ones.
             if self.config.options.strict or self.kernel is not None:

@@ -62,10 +62,6 @@ class _Checked(BasevLLMParameter):
         self._check(loaded_weight, self._output_size(), "all")
         self.data.copy_(loaded_weight)
 
-    def is_complete(self) -> bool:
-        """Return whether every part has been loaded."""
-        return "all" in self.loaded or len(self.loaded) >= self.parts
-
     def _output_size(self) -> int:
         dim = getattr(self, "output_dim", None)
         return 0 if dim is None else self.data.shape[dim]
@@ -110,14 +106,6 @@ class _CheckedPackedColumn(_Checked, PackedColumnParameter):
     pass
 
 
-class _CheckedRow(_Checked, RowvLLMParameter):
-    pass
-
-
-class _CheckedWhole(_Checked, BasevLLMParameter):
-    pass
-
-
 class _CheckedScalars(_Checked, PerTensorScaleParameter):
     pass
 
@@ -125,6 +113,15 @@ class _CheckedScalars(_Checked, PerTensorScaleParameter):
 def load_replicated(param: Any, loaded_weight: Tensor) -> None:
     """Weight loader of layers that are not sharded, in place of one that asserts."""
     param.load_replicated(loaded_weight)
+
+
+def take_complete(parameter: Any) -> bool:
+    """Return whether every part of ``parameter`` was loaded since the last call; True for one that does not count."""
+    if not isinstance(parameter, _Checked):
+        return True
+    complete = "all" in parameter.loaded or len(parameter.loaded) >= parameter.parts
+    parameter.loaded.clear()
+    return complete
 
 
 def make_parameter(
@@ -149,18 +146,20 @@ def make_parameter(
         factor = Fraction(sum(parts), spec.shape[spec.output_dim or 0])
         arguments |= {"packed_dim": spec.output_dim, "packed_factor": factor}
     parameter = kind(**arguments)
+    if not isinstance(parameter, _Checked):
+        return parameter
     parameter.label = f"{module}: tensor {spec.name}"
     parameter.accepts = (spec.dtype, *spec.accepts)
-    parameter.parts = 1 if kind in (_CheckedRow, _CheckedWhole) else len(parts)
+    parameter.parts = len(parts)
     parameter.loaded = set()
     return parameter
 
 
-def _kind(spec: TensorSpec, n: int) -> type[_Checked]:
+def _kind(spec: TensorSpec, n: int) -> type[BasevLLMParameter]:
     if spec.per_part:
         return _CheckedScalars
-    if spec.output_dim is None:
-        return _CheckedWhole if spec.input_dim is None else _CheckedRow
+    if spec.output_dim is None:  # for these vLLM's loaders insist on the very class
+        return BasevLLMParameter if spec.input_dim is None else RowvLLMParameter
     one_per_output = spec.shape[spec.output_dim] == n
     if spec.input_dim is None:
         return _CheckedChannelScale if one_per_output else _CheckedPackedColumn
