@@ -1,0 +1,198 @@
+#include "fp8_linear.cuh"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <mutex>
+
+namespace vllm_sparse::fp8 {
+namespace {
+
+enum class Cut {
+    kAll,        // every tile may be cut: equal bytes for every multiprocessor
+    kRemainder,  // whole tiles while they fill all multiprocessors, the rest is cut
+    kNone,
+};
+
+using Kernel = void (*)(CUtensorMap, KernelArguments);
+
+struct Configuration {
+    int tokens, warpgroups, bricks, cluster;
+    int threads, shared_bytes, partial_bytes;
+    Kernel kernel;
+    Cut cut;
+};
+
+template <typename T>
+constexpr Configuration row(Cut cut) {
+    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::THREADS, T::SHARED_BYTES, T::PARTIAL_BYTES, linear_kernel<T>, cut};
+}
+
+//                           tokens warpgroups bricks stages cluster
+const Configuration kConfigurations[] = {
+    row<Tile<8, 1, 2, 8, 1>>(Cut::kAll),
+    row<Tile<8, 2, 1, 9, 1>>(Cut::kAll),
+    row<Tile<8, 1, 2, 16, 1>>(Cut::kAll),
+    row<Tile<16, 1, 2, 7, 1>>(Cut::kAll),
+    row<Tile<16, 2, 1, 8, 1>>(Cut::kAll),
+    row<Tile<32, 1, 2, 5, 1>>(Cut::kAll),
+    row<Tile<32, 2, 1, 7, 1>>(Cut::kAll),
+    row<Tile<64, 2, 1, 5, 1>>(Cut::kAll),
+    row<Tile<64, 2, 1, 11, 1>>(Cut::kAll),
+    row<Tile<64, 2, 1, 5, 2>>(Cut::kAll),
+    row<Tile<64, 2, 1, 11, 2>>(Cut::kAll),
+    row<Tile<64, 4, 1, 7, 1>>(Cut::kAll),
+    row<Tile<128, 2, 1, 8, 1>>(Cut::kAll),
+    row<Tile<128, 2, 1, 8, 2>>(Cut::kAll),
+    row<Tile<128, 4, 1, 5, 1>>(Cut::kAll),
+    row<Tile<256, 2, 1, 5, 1>>(Cut::kAll),
+    row<Tile<256, 2, 1, 5, 2>>(Cut::kAll),
+    row<Tile<256, 2, 1, 5, 2>>(Cut::kRemainder),
+    row<Tile<256, 2, 1, 5, 2>>(Cut::kNone),
+    row<Tile<256, 2, 1, 5, 1>>(Cut::kNone),
+    row<Tile<128, 2, 1, 8, 2>>(Cut::kRemainder),
+    row<Tile<128, 2, 1, 8, 2>>(Cut::kNone),
+};
+constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
+
+constexpr int kMaxDevices = 64;
+struct Device {
+    int multiprocessors = 0;
+    std::once_flag once;
+    const char* error = nullptr;
+};
+Device devices[kMaxDevices];
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+EncodeTiled encode_tiled() {
+    static const EncodeTiled function = [] {
+        void* pointer = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+            found != cudaDriverEntryPointSuccess) {
+            pointer = nullptr;
+        }
+        return reinterpret_cast<EncodeTiled>(pointer);
+    }();
+    return function;
+}
+
+const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Once per device: its size, and permission for large shared memory.
+const char* prepare_device(Device** device) {
+    int index = 0;
+    if (const char* error = text(cudaGetDevice(&index))) return error;
+    if (index >= kMaxDevices) return "the device index is 64 or more";
+    Device& d = devices[index];
+    std::call_once(d.once, [&d, index] {
+        d.error = text(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+        for (const Configuration& c : kConfigurations) {
+            if (d.error == nullptr) {
+                d.error = text(cudaFuncSetAttribute(c.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.shared_bytes));
+            }
+        }
+    });
+    *device = &d;
+    return d.error;
+}
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+int configuration_count() { return kCount; }
+int configuration_tokens(int configuration) { return kConfigurations[configuration].tokens; }
+
+int choose_configuration(int m, int n, int k, int multiprocessors) {
+    (void)n, (void)k, (void)multiprocessors;
+    if (m <= 8) return 0;
+    if (m <= 16) return 3;
+    if (m <= 32) return 5;
+    if (m <= 64) return 7;
+    if (m <= 128) return 12;
+    return 17;
+}
+
+const char* workspace_bytes(size_t* bytes) {
+    Device* device;
+    if (const char* error = prepare_device(&device)) return error;
+    size_t largest = 0;
+    for (const Configuration& c : kConfigurations) largest = std::max(largest, size_t(c.partial_bytes));
+    *bytes = largest * device->multiprocessors;
+    return nullptr;
+}
+
+const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
+    if (a.m == 0) return nullptr;
+    if (a.m < 0 || a.n <= 0 || a.k <= 0 || a.n % 16 != 0 || a.k % 32 != 0) return "n must be a multiple of 16 and k of 32";
+    if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.x_stride % 16 != 0) return "x and its rows must be aligned to 16 bytes";
+    if (configuration >= kCount) return "there is no such configuration";
+    Device* device;
+    if (const char* error = prepare_device(&device)) return error;
+    const Configuration& c =
+        kConfigurations[configuration >= 0 ? configuration : choose_configuration(a.m, a.n, a.k, device->multiprocessors)];
+
+    CUtensorMap map;
+    const EncodeTiled encode = encode_tiled();
+    if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
+    const cuuint64_t sizes[2] = {cuuint64_t(a.k), cuuint64_t(a.m)};
+    const cuuint64_t strides[1] = {cuuint64_t(a.x_stride)};
+    const cuuint32_t box[2] = {kBrickColumns, cuuint32_t(c.tokens / c.cluster)};
+    const cuuint32_t steps[2] = {1, 1};
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(a.x), sizes, strides, box, steps,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
+        return "the driver refused the tensor map of x";
+    }
+
+    KernelArguments args;
+    args.weight = static_cast<const uint8_t*>(a.weight);
+    args.weight_scale = a.weight_scale;
+    args.x_scale = a.x_scale;
+    args.x_scale_stride = a.x_scale_per_token ? 1 : 0;
+    args.bias = a.bias;
+    args.out = a.out;
+    args.partials = static_cast<float4*>(a.workspace);
+    args.m = a.m;
+    args.n = a.n;
+    args.half_out = a.half_out;
+    args.column_tiles = ceil_div(a.k, kColumnPadding) * (kColumnPadding / kBrickColumns) / c.bricks;
+    args.token_tiles = ceil_div(a.m, c.tokens);
+    args.feature_tiles = ceil_div(a.n, kBrickFeatures);
+    args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
+    args.stream_weight = args.token_tiles == 1;
+    const int most_workers = device->multiprocessors / c.cluster;
+    int workers;
+    if (c.cut == Cut::kAll) {
+        args.direct_tiles = 0;
+        workers = int(std::min<int64_t>(most_workers, int64_t(args.tiles) * args.column_tiles));
+    } else if (c.cut == Cut::kRemainder) {
+        args.direct_tiles = args.tiles / most_workers * most_workers;
+        workers = int(std::min<int64_t>(most_workers, int64_t(args.tiles) * args.column_tiles));
+    } else {
+        args.direct_tiles = args.tiles;
+        workers = std::min(most_workers, args.tiles);
+    }
+
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(workers * c.cluster);
+    config.blockDim = dim3(c.threads);
+    config.dynamicSmemBytes = c.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = c.cluster;
+    attributes[0].val.clusterDim.y = 1;
+    attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = programmatic ? 2 : 1;
+    return text(cudaLaunchKernelEx(&config, c.kernel, map, args));
+}
+
+}  // namespace vllm_sparse::fp8
