@@ -139,11 +139,13 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     CUtensorMap map;
     const EncodeTiled encode = encode_tiled();
     if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
-    const cuuint64_t sizes[2] = {cuuint64_t(a.k), cuuint64_t(a.m)};
-    const cuuint64_t strides[1] = {cuuint64_t(a.x_stride)};
-    const cuuint32_t box[2] = {kBrickColumns, cuuint32_t(c.tokens / c.cluster)};
-    const cuuint32_t steps[2] = {1, 1};
-    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<void*>(a.x), sizes, strides, box, steps,
+    // Planes of 128 columns let one copy fetch a stage; where k ends inside a plane, only the flat map fills with zeros.
+    const bool planes = a.k % kBrickColumns == 0;
+    const cuuint64_t sizes[3] = {cuuint64_t(planes ? kBrickColumns : a.k), cuuint64_t(a.m), cuuint64_t(planes ? a.k / kBrickColumns : 1)};
+    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
+    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(c.tokens / c.cluster), cuuint32_t(planes ? c.bricks : 1)};
+    const cuuint32_t steps[3] = {1, 1, 1};
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
         return "the driver refused the tensor map of x";
@@ -159,6 +161,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.partials = static_cast<float4*>(a.workspace);
     args.m = a.m;
     args.n = a.n;
+    args.x_planes = planes;
     args.half_out = a.half_out;
     args.column_tiles = ceil_div(a.k, kColumnPadding) * (kColumnPadding / kBrickColumns) / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
@@ -177,6 +180,10 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
         args.direct_tiles = args.tiles;
         workers = std::min(most_workers, args.tiles);
     }
+
+    const int cut_stages = (args.tiles - args.direct_tiles) * args.column_tiles;
+    args.share_quotient = cut_stages / workers;
+    args.share_remainder = cut_stages % workers;
 
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(workers * c.cluster);

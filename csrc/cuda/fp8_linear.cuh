@@ -25,6 +25,7 @@ struct KernelArguments {
     float4* partials;
     int m, n;
     int x_scale_stride;
+    bool x_planes;  // the map of x has planes of 128 columns: one copy fetches a stage
     bool half_out;
     bool stream_weight;   // each weight byte is read once: let L2 drop it first
     int column_tiles;     // stages along k
@@ -32,6 +33,7 @@ struct KernelArguments {
     int feature_tiles;    // of 64
     int tiles;            // of the whole cluster
     int direct_tiles;
+    int share_quotient, share_remainder;  // stages of the cut tiles, over all workers
 };
 
 template <int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_>
@@ -43,19 +45,21 @@ struct Tile {
     static constexpr int CLUSTER = CLUSTER_;        // blocks with neighbouring features that share the tokens' loads
 
     static constexpr int FEATURES = 64 * WARPGROUPS;
-    static constexpr int THREADS = 128 * WARPGROUPS + 32;
+    static constexpr int THREADS = 128 * WARPGROUPS + 64;  // one warp feeds the weight, one the tokens
     static constexpr int X_BRICK = TOKENS * kBrickColumns;
     static constexpr int X_BYTES = X_BRICK * BRICKS;
     static constexpr int W_SLICE = kBrickBytes * BRICKS;
     static constexpr int STAGE_BYTES = X_BYTES + W_SLICE * WARPGROUPS;
-    static constexpr int OUT_TOKENS = TOKENS < 32 ? TOKENS : 32;  // tokens staged at a time on their way out
+    static constexpr int OUT_TOKENS = TOKENS < 16 ? TOKENS : 16;  // tokens staged at a time on their way out
     static constexpr int OUT_PITCH = 144;                         // 64 features of 2 bytes, padded off the banks
-    static constexpr int OUT_BYTES = OUT_TOKENS * OUT_PITCH;
+    static constexpr int OUT_BUFFER = OUT_TOKENS * OUT_PITCH;
+    static constexpr int OUT_BYTES = 2 * OUT_BUFFER;
+    static constexpr int SCALE_BYTES = TOKENS * 4 + 64 * 4 + 64 * 2;  // per warpgroup: token scales, feature scales, bias
     static constexpr int ACCUMULATORS = TOKENS / 2;
     static constexpr int PARTIAL_VECTORS = TOKENS / 8;  // float4 per thread
     static constexpr int PARTIAL_BYTES = FEATURES * TOKENS * 4;
     static constexpr int SHARED_BYTES =
-        1024 + STAGES * STAGE_BYTES + WARPGROUPS * (OUT_BYTES + TOKENS * 4) + 2 * STAGES * 8;
+        1024 + STAGES * STAGE_BYTES + WARPGROUPS * (OUT_BYTES + SCALE_BYTES) + 2 * STAGES * 8;
 
     // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
@@ -69,7 +73,12 @@ struct Runs {
     int tile, first, last;  // this run: columns tiles [first, last) of `tile`
 
     __device__ Runs(const KernelArguments& args, int worker, int workers)
-        : columns_(args.column_tiles), tiles_(args.tiles), direct_(args.direct_tiles), next_direct_(worker), step_(workers) {
+        : columns_(args.column_tiles),
+          direct_(args.direct_tiles),
+          next_direct_(worker),
+          step_(workers),
+          quotient_(args.share_quotient),
+          remainder_(args.share_remainder) {
         // Later blocks get earlier runs: whoever waits for a part of its tile waits for a block that was started before it.
         share_ = workers - 1 - worker;
         cursor_ = share_begin(share_);
@@ -94,13 +103,23 @@ struct Runs {
 
     __device__ int share() const { return share_; }
     __device__ int share_begin(int share) const {
-        return static_cast<int>(int64_t(tiles_ - direct_) * columns_ * share / step_);
+        return share * quotient_ + min(share, remainder_);
     }
     // First stage behind the cut tile `tile`, counted like share_begin.
     __device__ int tile_end() const { return (tile - direct_ + 1) * columns_; }
 
    private:
-    int columns_, tiles_, direct_, next_direct_, step_, share_, cursor_, end_;
+    int columns_, direct_, next_direct_, step_, quotient_, remainder_, share_, cursor_, end_;
+};
+
+// Position in the ring of stages, and the parity that its barrier is waited for with.
+template <int STAGES>
+struct Ring {
+    int stage = 0, parity;
+    __device__ explicit Ring(int first_parity) : parity(first_parity) {}
+    __device__ void advance() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
 };
 
 // Partial sums travel through L2 without flags: the workspace holds this bit pattern wherever nothing was written yet, and a sum
@@ -129,7 +148,7 @@ __device__ void send_partial(const KernelArguments& args, int share, int rank, i
 template <typename T>
 __device__ void add_partial(const KernelArguments& args, int share, int rank, int thread, float (&d)[T::ACCUMULATORS]) {
     // Loads in flight, as registers allow.
-    constexpr int BATCH = T::TOKENS == 8 ? 1 : T::TOKENS == 16 || T::WARPGROUPS == 4 ? 2 : 4;
+    constexpr int BATCH = T::WARPGROUPS == 4 ? 2 : T::TOKENS <= 64 ? T::TOKENS / 8 : T::TOKENS == 128 ? 16 : 2;
     const float4 empty = make_float4(__uint_as_float(0xFFFFFFFFu), __uint_as_float(0xFFFFFFFFu), __uint_as_float(0xFFFFFFFFu),
                                      __uint_as_float(0xFFFFFFFFu));
     float4* slot = partial_slot<T>(args, share, rank, thread);
@@ -151,59 +170,80 @@ __device__ void add_partial(const KernelArguments& args, int share, int rank, in
     }
 }
 
-__device__ __forceinline__ uint32_t pack_out(float a, float b, bool half_out) {
-    if (half_out) {
+struct BFloat16 {
+    static __device__ uint32_t pack(float a, float b) {
+        const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    }
+    static __device__ float unpack(uint16_t v) { return __bfloat162float(__ushort_as_bfloat16(v)); }
+};
+
+struct Float16 {
+    static __device__ uint32_t pack(float a, float b) {
         const __half2 v = __floats2half2_rn(a, b);
         return *reinterpret_cast<const uint32_t*>(&v);
     }
-    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return *reinterpret_cast<const uint32_t*>(&v);
-}
+    static __device__ float unpack(uint16_t v) { return __half2float(__ushort_as_half(v)); }
+};
 
-__device__ __forceinline__ float load_bias(const KernelArguments& args, int feature) {
-    if (args.bias == nullptr || feature >= args.n) return 0.f;
-    return args.half_out ? __half2float(static_cast<const __half*>(args.bias)[feature])
-                         : __bfloat162float(static_cast<const __nv_bfloat16*>(args.bias)[feature]);
-}
+// What one warpgroup's epilogue needs, fetched in the background while it multiplies.
+template <typename T>
+struct Scales {
+    float tokens[T::TOKENS];
+    float features[64];
+    uint16_t bias[64];
+
+    __device__ void fetch(const KernelArguments& args, int feature_begin, int token_begin, int thread) {
+#pragma unroll
+        for (int t = thread; t < T::TOKENS; t += 128) {
+            const int token = min(token_begin + t, args.m - 1);
+            ptx::copy_async_4(ptx::shared_address(tokens + t), args.x_scale + token * args.x_scale_stride);
+        }
+        if (thread < 64) {
+            ptx::copy_async_4(ptx::shared_address(features + thread), args.weight_scale + feature_begin + thread);
+        } else if (thread < 96) {
+            const int i = 2 * (thread - 64);
+            if (args.bias == nullptr) {
+                *reinterpret_cast<uint32_t*>(bias + i) = 0;
+            } else if (feature_begin + i < args.n) {
+                ptx::copy_async_4(ptx::shared_address(bias + i), static_cast<const uint16_t*>(args.bias) + feature_begin + i);
+            }
+        }
+    }
+};
 
 // Scales, adds the bias, converts and transposes one warpgroup's 64 features x TOKENS through shared memory.
-template <typename T>
-__device__ void write_out(const KernelArguments& args, int feature_tile, int token_tile, int warpgroup, int thread, uint8_t* staging,
-                          float* token_scales, const float (&d)[T::ACCUMULATORS]) {
+template <typename T, typename Out>
+__device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int warpgroup, int thread, uint8_t* staging,
+                          const Scales<T>& scales, const float (&d)[T::ACCUMULATORS]) {
     const int warp = thread / 32, lane = thread % 32;
-    const int token_begin = token_tile * T::TOKENS;
-    for (int t = thread; t < T::TOKENS; t += 128) {
-        const int token = token_begin + t;
-        token_scales[t] = token < args.m ? args.x_scale[token * args.x_scale_stride] : 0.f;
-    }
-    const int feature = feature_tile * 64 + warp * 16 + lane / 4;
-    const float scale_low = args.weight_scale[feature], scale_high = args.weight_scale[feature + 8];
-    const float bias_low = load_bias(args, feature), bias_high = load_bias(args, feature + 8);
-    const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + warp * 32 + (lane / 8 % 2) * 16;
-    const int out_feature = feature_tile * 64 + (thread % 8) * 8;
+    ptx::copy_async_wait();
     ptx::sync_warpgroup(1 + warpgroup);
+    const int row = warp * 16 + lane / 4;
+    const float scale_low = scales.features[row], scale_high = scales.features[row + 8];
+    const float bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
+    const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + warp * 32 + (lane / 8 % 2) * 16;
+    const int token = token_begin + thread / 8, feature = feature_begin + (thread % 8) * 8;
+    const uint8_t* const load_address = staging + (thread / 8) * T::OUT_PITCH + (thread % 8) * 16;
+    uint16_t* out = static_cast<uint16_t*>(args.out) + int64_t(token) * args.n + feature;
+    const bool mine = feature < args.n && thread / 8 < T::OUT_TOKENS;
 #pragma unroll
     for (int chunk = 0; chunk < T::TOKENS / T::OUT_TOKENS; ++chunk) {
+        const int buffer = chunk % 2 * T::OUT_BUFFER;  // two buffers: one barrier per chunk is enough
 #pragma unroll
         for (int block = 0; block < T::OUT_TOKENS / 8; ++block) {
             const int t = chunk * T::OUT_TOKENS + block * 8;
-            const float2 s = *reinterpret_cast<const float2*>(token_scales + t + 2 * (lane % 4));
+            const float2 s = *reinterpret_cast<const float2*>(scales.tokens + t + 2 * (lane % 4));
             const float* v = d + t / 2;
-            ptx::store_matrix_transposed(
-                store_address + block * 8 * T::OUT_PITCH,
-                pack_out(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low), args.half_out),
-                pack_out(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high), args.half_out));
+            ptx::store_matrix_transposed(store_address + buffer + block * 8 * T::OUT_PITCH,
+                                         Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
+                                         Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
         }
         ptx::sync_warpgroup(1 + warpgroup);
-#pragma unroll
-        for (int row = 0; row < T::OUT_TOKENS; row += 16) {
-            const int t = row + thread / 8, token = token_begin + chunk * T::OUT_TOKENS + t;
-            if (t < T::OUT_TOKENS && token < args.m && out_feature < args.n) {
-                const uint4 v = *reinterpret_cast<const uint4*>(staging + t * T::OUT_PITCH + (thread % 8) * 16);
-                *reinterpret_cast<uint4*>(static_cast<uint16_t*>(args.out) + int64_t(token) * args.n + out_feature) = v;
-            }
+        if (mine && token + chunk * T::OUT_TOKENS < args.m) {
+            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(load_address + buffer);
         }
-        ptx::sync_warpgroup(1 + warpgroup);
+        out += int64_t(T::OUT_TOKENS) * args.n;
     }
 }
 
@@ -213,99 +253,115 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     extern __shared__ uint8_t shared_raw[];
     uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
     uint8_t* const staging = stages + T::STAGES * T::STAGE_BYTES;
-    float* const token_scales = reinterpret_cast<float*>(staging + T::WARPGROUPS * T::OUT_BYTES);
+    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + T::WARPGROUPS * T::OUT_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
-    const uint32_t full = ptx::shared_address(token_scales + T::WARPGROUPS * T::TOKENS), empty = full + T::STAGES * 8;
+    const uint32_t full = ptx::shared_address(scales + T::WARPGROUPS), empty = full + T::STAGES * 8;
 
     const int rank = T::CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
     const int worker = blockIdx.x / T::CLUSTER, workers = gridDim.x / T::CLUSTER;
     const int thread = threadIdx.x % 128;
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
     Runs runs(args, worker, workers);
-    // Padding tiles beyond the weight read the last one; nothing of them is stored.
     const auto feature_tile = [&](int tile, int group) {
         return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
     };
-
-    if (warpgroup == T::WARPGROUPS) {
-        const bool leader = thread == 0;
-        const uint64_t weight_policy = args.stream_weight ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-        const uint64_t x_policy = args.stream_weight ? ptx::policy_evict_last() : ptx::policy_evict_normal();
-        const auto load_weight = [&](int stage, int tile, int column) {
-            const uint32_t barrier = full + stage * 8;
-            ptx::barrier_arrive_expect(barrier, T::STAGE_BYTES);
-#pragma unroll
-            for (int g = 0; g < T::WARPGROUPS; ++g) {
-                const int f = min(feature_tile(tile, g), args.feature_tiles - 1);
-                const int64_t brick = (int64_t(f) * args.column_tiles + column) * T::BRICKS;
-                ptx::copy_bulk(stage_base + stage * T::STAGE_BYTES + T::X_BYTES + g * T::W_SLICE, args.weight + brick * kBrickBytes,
-                               T::W_SLICE, barrier, weight_policy);
-            }
-        };
-        const auto load_x = [&](int stage, int tile, int column) {
-            constexpr int ROWS = T::TOKENS / T::CLUSTER;
-            const int row = (tile % args.token_tiles) * T::TOKENS + rank * ROWS;
-#pragma unroll
-            for (int b = 0; b < T::BRICKS; ++b) {
-                const uint32_t destination = stage_base + stage * T::STAGE_BYTES + b * T::X_BRICK + rank * ROWS * kBrickColumns;
-                const int x_column = (column * T::BRICKS + b) * kBrickColumns;
-                if constexpr (T::CLUSTER == 1) {
-                    ptx::copy_tile(destination, &x_map, x_column, row, full + stage * 8, x_policy);
-                } else {
-                    ptx::copy_tile_multicast(destination, &x_map, x_column, row, full + stage * 8, (1 << T::CLUSTER) - 1, x_policy);
-                }
-            }
-        };
-        // The first loads of the weight depend on no other kernel: they start before anything else happens.
-        Runs ahead = runs;
-        int started = 0;
-        if (leader) {
-            ptx::prefetch_map(&x_map);
-            for (int s = 0; s < T::STAGES; ++s) {
-                ptx::barrier_init(full + s * 8, 1);
-                ptx::barrier_init(empty + s * 8, 4 * T::WARPGROUPS * T::CLUSTER);
-            }
-            ptx::barrier_init_fence();
-            while (started < T::STAGES && ahead.next()) {
-                for (int c = ahead.first; c < ahead.last && started < T::STAGES; ++c) load_weight(started++, ahead.tile, c);
-            }
-        }
-        __syncwarp();
+    const auto sync_blocks = [] {
         if constexpr (T::CLUSTER > 1) {
             ptx::cluster_arrive();
             ptx::cluster_wait();
         } else {
             __syncthreads();
         }
-        ptx::launch_dependents();
+    };
+
+    if (threadIdx.x >= 128 * T::WARPGROUPS + 32) {
+        sync_blocks();
         ptx::wait_for_dependencies();
-        if (leader) {
-            int stage = 0, parity = 1, issued = 0;
+        if (thread == 32) {
+            constexpr int ROWS = T::TOKENS / T::CLUSTER;
+            const uint64_t policy = args.stream_weight ? ptx::policy_evict_last() : ptx::policy_evict_normal();
+            const uint32_t block_offset = stage_base + rank * ROWS * kBrickColumns;
+            Ring<T::STAGES> ring(1);
+            int issued = 0;
             while (runs.next()) {
-                for (int c = runs.first; c < runs.last; ++c) {
-                    if (issued >= started) {
-                        ptx::barrier_wait(empty + stage * 8, parity);
-                        load_weight(stage, runs.tile, c);
+                const int row = (runs.tile % args.token_tiles) * T::TOKENS + rank * ROWS;
+                for (int c = runs.first; c < runs.last; ++c, ++issued) {
+                    const uint32_t barrier = full + ring.stage * 8, destination = block_offset + ring.stage * T::STAGE_BYTES;
+                    if (issued >= T::STAGES) ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                    ptx::barrier_arrive_expect(barrier, T::X_BYTES);
+                    for (int b = 0; b < T::BRICKS; b += args.x_planes ? T::BRICKS : 1) {
+                        const int brick = c * T::BRICKS + b;
+                        const int column = args.x_planes ? 0 : brick * kBrickColumns, plane = args.x_planes ? brick : 0;
+                        if constexpr (T::CLUSTER == 1) {
+                            ptx::copy_tile(destination + b * T::X_BRICK, &x_map, column, row, plane, barrier, policy);
+                        } else {
+                            ptx::copy_tile_multicast(destination + b * T::X_BRICK, &x_map, column, row, plane, barrier,
+                                                     (1 << T::CLUSTER) - 1, policy);
+                        }
                     }
-                    load_x(stage, runs.tile, c);
-                    ++issued;
-                    if (++stage == T::STAGES) stage = 0, parity ^= 1;
+                    ring.advance();
                 }
+            }
+        }
+        __syncwarp();
+    } else if (threadIdx.x >= 128 * T::WARPGROUPS) {
+        Ring<T::STAGES> ring(1);
+        const uint64_t policy = args.stream_weight ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+        int issued = 0;
+        const uint8_t* source[T::WARPGROUPS];
+        bool more = false;
+        int column = 0;
+        const auto begin_run = [&] {
+            more = runs.next();
+            column = runs.first;
+#pragma unroll
+            for (int g = 0; g < T::WARPGROUPS; ++g) {
+                // Padding tiles beyond the weight read its last one; nothing of them is stored.
+                const int f = min(feature_tile(runs.tile, g), args.feature_tiles - 1);
+                source[g] = args.weight + (int64_t(f) * args.column_tiles + column) * T::W_SLICE;
+            }
+        };
+        const auto load = [&] {
+            const uint32_t barrier = full + ring.stage * 8;
+            ptx::barrier_arrive_expect(barrier, T::W_SLICE * T::WARPGROUPS);
+#pragma unroll
+            for (int g = 0; g < T::WARPGROUPS; ++g) {
+                ptx::copy_bulk(stage_base + ring.stage * T::STAGE_BYTES + T::X_BYTES + g * T::W_SLICE, source[g], T::W_SLICE, barrier,
+                               policy);
+                source[g] += T::W_SLICE;
+            }
+            ring.advance();
+            ++issued;
+            if (++column == runs.last) begin_run();
+        };
+        // The first loads of the weight depend on no other kernel: they start before anything else happens.
+        if (thread == 0) {
+            for (int s = 0; s < T::STAGES; ++s) {
+                ptx::barrier_init(full + s * 8, 2);
+                ptx::barrier_init(empty + s * 8, 4 * T::WARPGROUPS * T::CLUSTER);
+            }
+            ptx::barrier_init_fence();
+            begin_run();
+            while (more && issued < T::STAGES) load();
+            ptx::prefetch_map(&x_map);
+        }
+        __syncwarp();
+        sync_blocks();
+        ptx::launch_dependents();
+        if (thread == 0) {
+            while (more) {
+                ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                load();
             }
         }
         __syncwarp();
     } else {
-        if constexpr (T::CLUSTER > 1) {
-            ptx::cluster_arrive();
-            ptx::cluster_wait();
-        } else {
-            __syncthreads();
-        }
+        sync_blocks();
         ptx::wait_for_dependencies();
         const int lane = thread % 32;
         const int partial_thread = warpgroup * 128 + thread;
         float d[T::ACCUMULATORS];
-        int stage = 0, parity = 0;
+        Ring<T::STAGES> ring(0);
         const auto release = [&](int s) {
             if constexpr (T::CLUSTER == 1) {
                 if (lane == 0) ptx::barrier_arrive(empty + s * 8);
@@ -315,13 +371,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         };
         while (runs.next()) {
             const int count = runs.last - runs.first;
+            const int feature_begin = feature_tile(runs.tile, warpgroup) * 64;
+            const int token_begin = (runs.tile % args.token_tiles) * T::TOKENS;
+            const bool stores = runs.first == 0 && feature_begin < args.n;
+            if (stores) scales[warpgroup].fetch(args, feature_begin, token_begin, thread);
             int previous = -1;
             // Metadata registers of a batch may not change before it has finished: two sets, one batch in flight.
             uint2 even[T::BRICKS], odd[T::BRICKS];
             const auto step = [&](uint2(&metadata)[T::BRICKS], bool first) {
-                const uint32_t base = stage_base + stage * T::STAGE_BYTES;
+                const uint32_t base = stage_base + ring.stage * T::STAGE_BYTES;
                 const uint32_t w = base + T::X_BYTES + warpgroup * T::W_SLICE;
-                ptx::barrier_wait(full + stage * 8, parity);
+                ptx::barrier_wait(full + ring.stage * 8, ring.parity);
 #pragma unroll
                 for (int b = 0; b < T::BRICKS; ++b) {
                     metadata[b] = *reinterpret_cast<const uint2*>(stages + (w - stage_base) + b * kBrickBytes + 4096 + thread * 8);
@@ -337,8 +397,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 wgmma::commit();
                 wgmma::wait<1>();
                 if (previous >= 0) release(previous);
-                previous = stage;
-                if (++stage == T::STAGES) stage = 0, parity ^= 1;
+                previous = ring.stage;
+                ring.advance();
             };
             int i = 0;
             for (; i + 1 < count; i += 2) {
@@ -358,10 +418,13 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                     if (runs.share_begin(s + 1) > runs.share_begin(s)) add_partial<T>(args, s, rank, partial_thread, d);
                 }
             }
-            const int f = feature_tile(runs.tile, warpgroup);
-            if (f < args.feature_tiles) {
-                write_out<T>(args, f, runs.tile % args.token_tiles, warpgroup, thread, staging + warpgroup * T::OUT_BYTES,
-                             token_scales + warpgroup * T::TOKENS, d);
+            if (stores) {
+                uint8_t* const buffer = staging + warpgroup * T::OUT_BYTES;
+                if (args.half_out) {
+                    write_out<T, Float16>(args, feature_begin, token_begin, warpgroup, thread, buffer, scales[warpgroup], d);
+                } else {
+                    write_out<T, BFloat16>(args, feature_begin, token_begin, warpgroup, thread, buffer, scales[warpgroup], d);
+                }
             }
         }
     }

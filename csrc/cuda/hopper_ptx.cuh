@@ -84,22 +84,22 @@ __device__ __forceinline__ void copy_bulk(uint32_t destination, const void* sour
         : "memory");
 }
 
-__device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMap* map, int column, int row,
+__device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMap* map, int column, int row, int plane,
                                           uint32_t barrier, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(destination),
+        "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy)
         : "memory");
 }
 
 // The same tile to the same offset of every block in `blocks`; each one's barrier at that offset counts the bytes.
-__device__ __forceinline__ void copy_tile_multicast(uint32_t destination, const CUtensorMap* map, int column, int row,
+__device__ __forceinline__ void copy_tile_multicast(uint32_t destination, const CUtensorMap* map, int column, int row, int plane,
                                                     uint32_t barrier, uint16_t blocks, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(destination),
-        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(policy)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(destination),
+        "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "h"(blocks), "l"(policy)
         : "memory");
 }
 
@@ -125,6 +125,12 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 }
 
 __device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+// ---- background copies of single words by this thread ----------------------------------------------------------------
+__device__ __forceinline__ void copy_async_4(uint32_t destination, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(destination), "l"(source) : "memory");
+}
+__device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- shared and global memory ---------------------------------------------------------------------------------------
 // Writes two 8x8 matrices of 16-bit values transposed: lane i of 0..15 gives the address of one row of 8.
