@@ -17,7 +17,7 @@ enum class Cut {
 using Kernel = void (*)(CUtensorMap, KernelArguments);
 
 struct Configuration {
-    int tokens, warpgroups, bricks, cluster;
+    int tokens, warpgroups, bricks, cluster, split;
     int threads, shared_bytes, partial_bytes;
     Kernel kernel;
     Cut cut;
@@ -25,39 +25,48 @@ struct Configuration {
 
 template <typename T>
 constexpr Configuration row(Cut cut) {
-    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::THREADS, T::SHARED_BYTES, T::PARTIAL_BYTES, linear_kernel<T>, cut};
+    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, T::PARTIAL_BYTES, linear_kernel<T>, cut};
 }
 
-//                           tokens warpgroups bricks stages cluster
+//         tokens warpgroups bricks stages cluster split
 const Configuration kConfigurations[] = {
-    row<Tile<8, 1, 2, 8, 1>>(Cut::kAll),
-    row<Tile<8, 2, 1, 9, 1>>(Cut::kAll),
-    row<Tile<8, 1, 2, 16, 1>>(Cut::kAll),
-    row<Tile<16, 1, 2, 7, 1>>(Cut::kAll),
-    row<Tile<16, 2, 1, 8, 1>>(Cut::kAll),
-    row<Tile<32, 1, 2, 5, 1>>(Cut::kAll),
-    row<Tile<32, 2, 1, 7, 1>>(Cut::kAll),
-    row<Tile<64, 2, 1, 5, 1>>(Cut::kAll),
-    row<Tile<64, 2, 1, 11, 1>>(Cut::kAll),
-    row<Tile<64, 2, 1, 5, 2>>(Cut::kAll),
+    row<Tile<8, 1, 2, 8>>(Cut::kAll),
+    row<Tile<8, 1, 2, 8, 1, 2>>(Cut::kNone),
+    row<Tile<8, 1, 2, 8, 1, 4>>(Cut::kNone),
+    row<Tile<8, 2, 2, 9, 1, 4>>(Cut::kNone),
+    row<Tile<8, 1, 2, 16>>(Cut::kAll),
+    row<Tile<16, 1, 2, 7>>(Cut::kAll),
+    row<Tile<16, 1, 2, 7, 1, 2>>(Cut::kNone),
+    row<Tile<16, 1, 2, 7, 1, 4>>(Cut::kNone),
+    row<Tile<16, 2, 1, 8, 1, 4>>(Cut::kNone),
+    row<Tile<32, 1, 2, 5>>(Cut::kAll),
+    row<Tile<32, 1, 2, 5, 1, 2>>(Cut::kNone),
+    row<Tile<32, 1, 2, 5, 1, 4>>(Cut::kNone),
+    row<Tile<32, 2, 1, 6>>(Cut::kAll),
+    row<Tile<32, 2, 1, 6, 1, 4>>(Cut::kNone),
     row<Tile<64, 2, 1, 11, 2>>(Cut::kAll),
-    row<Tile<64, 4, 1, 7, 1>>(Cut::kAll),
-    row<Tile<128, 2, 1, 8, 1>>(Cut::kAll),
-    row<Tile<128, 2, 1, 8, 2>>(Cut::kAll),
-    row<Tile<128, 4, 1, 5, 1>>(Cut::kAll),
-    row<Tile<256, 2, 1, 5, 1>>(Cut::kAll),
-    row<Tile<256, 2, 1, 5, 2>>(Cut::kAll),
-    row<Tile<256, 2, 1, 5, 2>>(Cut::kRemainder),
-    row<Tile<256, 2, 1, 5, 2>>(Cut::kNone),
-    row<Tile<256, 2, 1, 5, 1>>(Cut::kNone),
-    row<Tile<128, 2, 1, 8, 2>>(Cut::kRemainder),
+    row<Tile<64, 2, 1, 4, 1, 2>>(Cut::kNone),
+    row<Tile<64, 2, 1, 4, 1, 4>>(Cut::kNone),
+    row<Tile<64, 2, 1, 10, 1, 4>>(Cut::kNone),
+    row<Tile<64, 2, 1, 10, 2, 2>>(Cut::kNone),
+    row<Tile<64, 1, 1, 6, 1, 2>>(Cut::kNone),
+    row<Tile<64, 1, 1, 6, 1, 4>>(Cut::kNone),
     row<Tile<128, 2, 1, 8, 2>>(Cut::kNone),
+    row<Tile<128, 2, 1, 6, 1, 2>>(Cut::kNone),
+    row<Tile<128, 2, 1, 6, 1, 4>>(Cut::kNone),
+    row<Tile<128, 2, 1, 6, 2, 2>>(Cut::kNone),
+    row<Tile<128, 2, 1, 6, 4, 2>>(Cut::kNone),
+    row<Tile<256, 2, 1, 5, 2>>(Cut::kNone),
+    row<Tile<256, 2, 1, 5, 4>>(Cut::kNone),
+    row<Tile<256, 2, 1, 3, 2, 2>>(Cut::kNone),
+    row<Tile<256, 2, 1, 5, 2>>(Cut::kRemainder),
 };
 constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
 
 constexpr int kMaxDevices = 64;
 struct Device {
     int multiprocessors = 0;
+    int workers[kCount] = {};  // clusters that run at once with one block per multiprocessor
     std::once_flag once;
     const char* error = nullptr;
 };
@@ -82,6 +91,25 @@ EncodeTiled encode_tiled() {
 
 const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+// Allows large shared memory and counts the clusters that fit: fewer than multiprocessors / size where a cluster may not span two
+// groups of multiprocessors. All of a block's possible shared memory is asked for, so that one block fits on each.
+const char* prepare_kernel(const Configuration& c, int* workers) {
+    constexpr int kAllShared = 232448;
+    if (const char* error = text(cudaFuncSetAttribute(c.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAllShared))) return error;
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = c.cluster * c.split;
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(c.cluster * c.split);
+    config.blockDim = dim3(c.threads);
+    config.dynamicSmemBytes = kAllShared;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return text(cudaOccupancyMaxActiveClusters(workers, c.kernel, &config));
+}
+
 // Once per device: its size, and permission for large shared memory.
 const char* prepare_device(Device** device) {
     int index = 0;
@@ -90,11 +118,7 @@ const char* prepare_device(Device** device) {
     Device& d = devices[index];
     std::call_once(d.once, [&d, index] {
         d.error = text(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-        for (const Configuration& c : kConfigurations) {
-            if (d.error == nullptr) {
-                d.error = text(cudaFuncSetAttribute(c.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, c.shared_bytes));
-            }
-        }
+        for (int i = 0; i < kCount && d.error == nullptr; ++i) d.error = prepare_kernel(kConfigurations[i], &d.workers[i]);
     });
     *device = &d;
     return d.error;
@@ -133,8 +157,8 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     if (configuration >= kCount) return "there is no such configuration";
     Device* device;
     if (const char* error = prepare_device(&device)) return error;
-    const Configuration& c =
-        kConfigurations[configuration >= 0 ? configuration : choose_configuration(a.m, a.n, a.k, device->multiprocessors)];
+    if (configuration < 0) configuration = choose_configuration(a.m, a.n, a.k, device->multiprocessors);
+    const Configuration& c = kConfigurations[configuration];
 
     CUtensorMap map;
     const EncodeTiled encode = encode_tiled();
@@ -168,7 +192,9 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
     args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
     args.stream_weight = args.token_tiles == 1;
-    const int most_workers = device->multiprocessors / c.cluster;
+    if (args.column_tiles < c.split) return "k is too small for this configuration";
+    const int blocks_per_cluster = c.cluster * c.split;
+    const int most_workers = device->workers[configuration];
     int workers;
     if (c.cut == Cut::kAll) {
         args.direct_tiles = 0;
@@ -186,13 +212,13 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.share_remainder = cut_stages % workers;
 
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(workers * c.cluster);
+    config.gridDim = dim3(workers * blocks_per_cluster);
     config.blockDim = dim3(c.threads);
     config.dynamicSmemBytes = c.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = c.cluster;
+    attributes[0].val.clusterDim.x = blocks_per_cluster;
     attributes[0].val.clusterDim.y = 1;
     attributes[0].val.clusterDim.z = 1;
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;

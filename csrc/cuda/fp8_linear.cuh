@@ -36,13 +36,15 @@ struct KernelArguments {
     int share_quotient, share_remainder;  // stages of the cut tiles, over all workers
 };
 
-template <int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_>
+template <int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_ = 1, int SPLIT_ = 1>
 struct Tile {
     static constexpr int TOKENS = TOKENS_;          // tokens of a tile
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers, 64 features each
     static constexpr int BRICKS = BRICKS_;          // bricks (128 columns) per stage and warpgroup
     static constexpr int STAGES = STAGES_;
     static constexpr int CLUSTER = CLUSTER_;        // blocks with neighbouring features that share the tokens' loads
+    static constexpr int SPLIT = SPLIT_;            // blocks that share a tile's columns and add up through their shared memory
+    static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
 
     static constexpr int FEATURES = 64 * WARPGROUPS;
     static constexpr int THREADS = 128 * WARPGROUPS + 64;  // one warp feeds the weight, one the tokens
@@ -50,16 +52,18 @@ struct Tile {
     static constexpr int X_BYTES = X_BRICK * BRICKS;
     static constexpr int W_SLICE = kBrickBytes * BRICKS;
     static constexpr int STAGE_BYTES = X_BYTES + W_SLICE * WARPGROUPS;
-    static constexpr int OUT_TOKENS = TOKENS < 16 ? TOKENS : 16;  // tokens staged at a time on their way out
-    static constexpr int OUT_PITCH = 144;                         // 64 features of 2 bytes, padded off the banks
-    static constexpr int OUT_BUFFER = OUT_TOKENS * OUT_PITCH;
-    static constexpr int OUT_BYTES = 2 * OUT_BUFFER;
-    static constexpr int SCALE_BYTES = TOKENS * 4 + 64 * 4 + 64 * 2;  // per warpgroup: token scales, feature scales, bias
+    static constexpr int VECTORS = TOKENS / 8;                      // float4 of accumulators per thread
+    static constexpr int OWNERS = SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
+    static constexpr int OUT_TOKENS = TOKENS / OWNERS;
+    static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
+    static constexpr int STAGED_TOKENS = OUT_TOKENS < 32 ? OUT_TOKENS : 32;  // on their way out, per warp
+    static constexpr int OUT_PITCH = 48;                                     // 16 features of 2 bytes, padded off the banks
+    static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
+    static constexpr int SCALE_BYTES = OUT_TOKENS * 4 + 64 * 4 + 64 * 2;  // per warpgroup: token scales, feature scales, bias
     static constexpr int ACCUMULATORS = TOKENS / 2;
-    static constexpr int PARTIAL_VECTORS = TOKENS / 8;  // float4 per thread
     static constexpr int PARTIAL_BYTES = FEATURES * TOKENS * 4;
     static constexpr int SHARED_BYTES =
-        1024 + STAGES * STAGE_BYTES + WARPGROUPS * (OUT_BYTES + SCALE_BYTES) + 2 * STAGES * 8;
+        1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + WARPGROUPS * (4 * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
 
     // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
@@ -72,8 +76,10 @@ struct Tile {
 struct Runs {
     int tile, first, last;  // this run: columns tiles [first, last) of `tile`
 
-    __device__ Runs(const KernelArguments& args, int worker, int workers)
+    __device__ Runs(const KernelArguments& args, int worker, int workers, int split, int splits)
         : columns_(args.column_tiles),
+          first_(args.column_tiles * split / splits),
+          last_(args.column_tiles * (split + 1) / splits),
           direct_(args.direct_tiles),
           next_direct_(worker),
           step_(workers),
@@ -95,8 +101,8 @@ struct Runs {
         }
         if (next_direct_ >= direct_) return false;
         tile = next_direct_;
-        first = 0;
-        last = columns_;
+        first = first_;
+        last = last_;
         next_direct_ += step_;
         return true;
     }
@@ -109,7 +115,7 @@ struct Runs {
     __device__ int tile_end() const { return (tile - direct_ + 1) * columns_; }
 
    private:
-    int columns_, direct_, next_direct_, step_, quotient_, remainder_, share_, cursor_, end_;
+    int columns_, first_, last_, direct_, next_direct_, step_, quotient_, remainder_, share_, cursor_, end_;
 };
 
 // Position in the ring of stages, and the parity that its barrier is waited for with.
@@ -139,7 +145,7 @@ template <typename T>
 __device__ void send_partial(const KernelArguments& args, int share, int rank, int thread, const float (&d)[T::ACCUMULATORS]) {
     float4* slot = partial_slot<T>(args, share, rank, thread);
 #pragma unroll
-    for (int i = 0; i < T::PARTIAL_VECTORS; ++i) {
+    for (int i = 0; i < T::VECTORS; ++i) {
         ptx::store_relaxed(slot + i * 128 * T::WARPGROUPS, make_float4(sum_or_nan(d[4 * i]), sum_or_nan(d[4 * i + 1]),
                                                                        sum_or_nan(d[4 * i + 2]), sum_or_nan(d[4 * i + 3])));
     }
@@ -153,7 +159,7 @@ __device__ void add_partial(const KernelArguments& args, int share, int rank, in
                                      __uint_as_float(0xFFFFFFFFu));
     float4* slot = partial_slot<T>(args, share, rank, thread);
 #pragma unroll
-    for (int i = 0; i < T::PARTIAL_VECTORS; i += BATCH) {
+    for (int i = 0; i < T::VECTORS; i += BATCH) {
         float4 part[BATCH];
 #pragma unroll
         for (int j = 0; j < BATCH; ++j) part[j] = ptx::load_relaxed(slot + (i + j) * 128 * T::WARPGROUPS);
@@ -189,13 +195,13 @@ struct Float16 {
 // What one warpgroup's epilogue needs, fetched in the background while it multiplies.
 template <typename T>
 struct Scales {
-    float tokens[T::TOKENS];
+    float tokens[T::OUT_TOKENS];
     float features[64];
     uint16_t bias[64];
 
     __device__ void fetch(const KernelArguments& args, int feature_begin, int token_begin, int thread) {
 #pragma unroll
-        for (int t = thread; t < T::TOKENS; t += 128) {
+        for (int t = thread; t < T::OUT_TOKENS; t += 128) {
             const int token = min(token_begin + t, args.m - 1);
             ptx::copy_async_4(ptx::shared_address(tokens + t), args.x_scale + token * args.x_scale_stride);
         }
@@ -212,7 +218,7 @@ struct Scales {
     }
 };
 
-// Scales, adds the bias, converts and transposes one warpgroup's 64 features x TOKENS through shared memory.
+// Scales, adds the bias, converts, and transposes each warp's 16 features x OUT_TOKENS through its own shared memory.
 template <typename T, typename Out>
 __device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int warpgroup, int thread, uint8_t* staging,
                           const Scales<T>& scales, const float (&d)[T::ACCUMULATORS]) {
@@ -222,51 +228,120 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
     const int row = warp * 16 + lane / 4;
     const float scale_low = scales.features[row], scale_high = scales.features[row + 8];
     const float bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
-    const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + warp * 32 + (lane / 8 % 2) * 16;
-    const int token = token_begin + thread / 8, feature = feature_begin + (thread % 8) * 8;
-    const uint8_t* const load_address = staging + (thread / 8) * T::OUT_PITCH + (thread % 8) * 16;
-    uint16_t* out = static_cast<uint16_t*>(args.out) + int64_t(token) * args.n + feature;
-    const bool mine = feature < args.n && thread / 8 < T::OUT_TOKENS;
+    staging += warp * T::OUT_BYTES;
+    const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + (lane / 8 % 2) * 16;
+    const uint8_t* const load_address = staging + (lane / 2) * T::OUT_PITCH + (lane % 2) * 16;
+    const int token = token_begin + lane / 2, feature = feature_begin + warp * 16 + (lane % 2) * 8;
+    uint16_t* const out = static_cast<uint16_t*>(args.out) + int64_t(token) * args.n + feature;
+    const int tokens_left = feature < args.n ? args.m - token : 0;
 #pragma unroll
-    for (int chunk = 0; chunk < T::TOKENS / T::OUT_TOKENS; ++chunk) {
-        const int buffer = chunk % 2 * T::OUT_BUFFER;  // two buffers: one barrier per chunk is enough
+    for (int chunk = 0; chunk < T::OUT_TOKENS; chunk += T::STAGED_TOKENS) {
 #pragma unroll
-        for (int block = 0; block < T::OUT_TOKENS / 8; ++block) {
-            const int t = chunk * T::OUT_TOKENS + block * 8;
-            const float2 s = *reinterpret_cast<const float2*>(scales.tokens + t + 2 * (lane % 4));
-            const float* v = d + t / 2;
-            ptx::store_matrix_transposed(store_address + buffer + block * 8 * T::OUT_PITCH,
+        for (int block = 0; block < T::STAGED_TOKENS; block += 8) {
+            const float2 s = *reinterpret_cast<const float2*>(scales.tokens + chunk + block + 2 * (lane % 4));
+            const float* v = d + (chunk + block) / 2;
+            ptx::store_matrix_transposed(store_address + block * T::OUT_PITCH,
                                          Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
                                          Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
         }
-        ptx::sync_warpgroup(1 + warpgroup);
-        if (mine && token + chunk * T::OUT_TOKENS < args.m) {
-            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(load_address + buffer);
+        __syncwarp();
+#pragma unroll
+        for (int block = 0; block < T::STAGED_TOKENS; block += 16) {
+            if (chunk + block < tokens_left && lane / 2 + block < T::STAGED_TOKENS) {
+                *reinterpret_cast<uint4*>(out + int64_t(chunk + block) * args.n) =
+                    *reinterpret_cast<const uint4*>(load_address + block * T::OUT_PITCH);
+            }
         }
-        out += int64_t(T::OUT_TOKENS) * args.n;
+        __syncwarp();
     }
 }
+
+// Adds up a tile that SPLIT blocks of a cluster computed, each over its own columns. Every owner gets the other blocks' sums of its
+// tokens by remote stores and adds them in the order of the columns; its part of the tile ends up at the front of the accumulators.
+template <typename T>
+struct Exchange {
+    float4* buffer;     // [SPLIT - 1 senders][VECTORS / OWNERS][threads]
+    uint32_t arrived;   // counts the bytes of one tile
+    uint32_t drained;   // every other owner has read what this block sent it
+    int split_rank, rank_in_split;
+    int parity = 0;
+    bool sent = false;
+
+    static constexpr int PART = T::VECTORS / T::OWNERS;
+    static constexpr int THREADS = 128 * T::WARPGROUPS;
+
+    __device__ uint32_t block(int split) const { return split * T::CLUSTER + rank_in_split; }
+
+    __device__ void reduce(int thread, float (&d)[T::ACCUMULATORS]) {
+        if (thread == 0 && split_rank < T::OWNERS) ptx::barrier_arrive_expect(arrived, T::EXCHANGE_BYTES);
+        if (sent) ptx::barrier_wait(drained, parity ^ 1);
+        sent = true;
+#pragma unroll
+        for (int owner = 0; owner < T::OWNERS; ++owner) {
+            if (owner != split_rank) {
+                const int sender = split_rank < owner ? split_rank : split_rank - 1;
+                const uint32_t to = ptx::shared_address(buffer + sender * PART * THREADS + thread);
+#pragma unroll
+                for (int i = 0; i < PART; ++i) {
+                    const float* v = d + (owner * PART + i) * 4;
+                    ptx::store_remote(to + i * THREADS * 16, make_float4(v[0], v[1], v[2], v[3]), arrived, block(owner));
+                }
+            }
+        }
+        if (split_rank < T::OWNERS) {
+#pragma unroll
+            for (int owner = 1; owner < T::OWNERS; ++owner) {
+                if (owner == split_rank) {
+#pragma unroll
+                    for (int i = 0; i < 4 * PART; ++i) d[i] = d[owner * 4 * PART + i];
+                }
+            }
+            ptx::barrier_wait(arrived, parity);
+#pragma unroll
+            for (int i = 0; i < PART; ++i) {
+                const float4 own = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+                float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+                for (int split = 0; split < T::SPLIT; ++split) {
+                    const int sender = split < split_rank ? split : split - 1;
+                    const float4 part = split == split_rank ? own : buffer[(sender * PART + i) * THREADS + thread];
+                    sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+                }
+                d[4 * i] = sum.x, d[4 * i + 1] = sum.y, d[4 * i + 2] = sum.z, d[4 * i + 3] = sum.w;
+            }
+            __syncwarp();
+            const int lane = thread % 32;
+            if (lane < T::SPLIT && lane != split_rank) ptx::barrier_arrive_remote(drained, block(lane));
+        }
+        parity ^= 1;
+    }
+    // Arrivals on `drained` per tile: each warp of every other owner.
+    __device__ static int drains(int split_rank) { return 4 * T::WARPGROUPS * (split_rank < T::OWNERS ? T::OWNERS - 1 : T::OWNERS); }
+};
 
 template <typename T>
 __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ KernelArguments args) {
     extern __shared__ uint8_t shared_raw[];
     uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
-    uint8_t* const staging = stages + T::STAGES * T::STAGE_BYTES;
-    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + T::WARPGROUPS * T::OUT_BYTES);
+    uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
+    uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;
+    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + 4 * T::WARPGROUPS * T::OUT_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
     const uint32_t full = ptx::shared_address(scales + T::WARPGROUPS), empty = full + T::STAGES * 8;
+    const uint32_t exchange_barriers = empty + T::STAGES * 8;
 
-    const int rank = T::CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
-    const int worker = blockIdx.x / T::CLUSTER, workers = gridDim.x / T::CLUSTER;
+    const int block_rank = T::BLOCKS_PER_CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
+    const int rank = block_rank % T::CLUSTER, split_rank = block_rank / T::CLUSTER;
+    const int worker = blockIdx.x / T::BLOCKS_PER_CLUSTER, workers = gridDim.x / T::BLOCKS_PER_CLUSTER;
     const int thread = threadIdx.x % 128;
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
-    Runs runs(args, worker, workers);
+    Runs runs(args, worker, workers, split_rank, T::SPLIT);
     const auto feature_tile = [&](int tile, int group) {
         return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
     };
     const auto sync_blocks = [] {
-        if constexpr (T::CLUSTER > 1) {
+        if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
             ptx::cluster_arrive();
             ptx::cluster_wait();
         } else {
@@ -296,7 +371,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                             ptx::copy_tile(destination + b * T::X_BRICK, &x_map, column, row, plane, barrier, policy);
                         } else {
                             ptx::copy_tile_multicast(destination + b * T::X_BRICK, &x_map, column, row, plane, barrier,
-                                                     (1 << T::CLUSTER) - 1, policy);
+                                                     ((1 << T::CLUSTER) - 1) << (split_rank * T::CLUSTER), policy);
                         }
                     }
                     ring.advance();
@@ -340,6 +415,10 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 ptx::barrier_init(full + s * 8, 2);
                 ptx::barrier_init(empty + s * 8, 4 * T::WARPGROUPS * T::CLUSTER);
             }
+            if constexpr (T::SPLIT > 1) {
+                ptx::barrier_init(exchange_barriers, 1);
+                ptx::barrier_init(exchange_barriers + 8, max(1, Exchange<T>::drains(split_rank)));
+            }
             ptx::barrier_init_fence();
             begin_run();
             while (more && issued < T::STAGES) load();
@@ -362,19 +441,23 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         const int partial_thread = warpgroup * 128 + thread;
         float d[T::ACCUMULATORS];
         Ring<T::STAGES> ring(0);
+        Exchange<T> exchange{reinterpret_cast<float4*>(exchange_buffer), exchange_barriers, exchange_barriers + 8, split_rank, rank};
         const auto release = [&](int s) {
             if constexpr (T::CLUSTER == 1) {
                 if (lane == 0) ptx::barrier_arrive(empty + s * 8);
             } else {
-                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + s * 8, lane);
+                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + s * 8, split_rank * T::CLUSTER + lane);
             }
         };
         while (runs.next()) {
             const int count = runs.last - runs.first;
             const int feature_begin = feature_tile(runs.tile, warpgroup) * 64;
-            const int token_begin = (runs.tile % args.token_tiles) * T::TOKENS;
-            const bool stores = runs.first == 0 && feature_begin < args.n;
-            if (stores) scales[warpgroup].fetch(args, feature_begin, token_begin, thread);
+            const int token_begin = (runs.tile % args.token_tiles) * T::TOKENS + split_rank * T::OUT_TOKENS;
+            const bool stores = (T::SPLIT > 1 ? split_rank < T::OWNERS : runs.first == 0) && feature_begin < args.n;
+            if (stores) {
+                ptx::sync_warpgroup(1 + warpgroup);  // the previous tile's scales have been read
+                scales[warpgroup].fetch(args, feature_begin, token_begin, thread);
+            }
             int previous = -1;
             // Metadata registers of a batch may not change before it has finished: two sets, one batch in flight.
             uint2 even[T::BRICKS], odd[T::BRICKS];
@@ -409,17 +492,21 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             wgmma::wait<0>();
             release(previous);
 
-            if (runs.first > 0) {
-                send_partial<T>(args, runs.share(), rank, partial_thread, d);
-                continue;
-            }
-            if (runs.last < args.column_tiles) {
-                for (int s = runs.share() + 1; s < workers && runs.share_begin(s) < runs.tile_end(); ++s) {
-                    if (runs.share_begin(s + 1) > runs.share_begin(s)) add_partial<T>(args, s, rank, partial_thread, d);
+            if constexpr (T::SPLIT > 1) {
+                exchange.reduce(partial_thread, d);
+            } else {
+                if (runs.first > 0) {
+                    send_partial<T>(args, runs.share(), rank, partial_thread, d);
+                    continue;
+                }
+                if (runs.last < args.column_tiles) {
+                    for (int s = runs.share() + 1; s < workers && runs.share_begin(s) < runs.tile_end(); ++s) {
+                        if (runs.share_begin(s + 1) > runs.share_begin(s)) add_partial<T>(args, s, rank, partial_thread, d);
+                    }
                 }
             }
             if (stores) {
-                uint8_t* const buffer = staging + warpgroup * T::OUT_BYTES;
+                uint8_t* const buffer = staging + 4 * warpgroup * T::OUT_BYTES;
                 if (args.half_out) {
                     write_out<T, Float16>(args, feature_begin, token_begin, warpgroup, thread, buffer, scales[warpgroup], d);
                 } else {
@@ -429,7 +516,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
     }
     // No block of a cluster may leave while another still writes to its memory or barriers.
-    if constexpr (T::CLUSTER > 1) {
+    if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
         ptx::cluster_arrive();
         ptx::cluster_wait();
     }

@@ -139,6 +139,17 @@ __device__ __forceinline__ void store_matrix_transposed(uint32_t address, uint32
                  : "memory");
 }
 
+// Writes to the shared memory of block `rank` of the cluster; that block's barrier counts the 16 bytes.
+__device__ __forceinline__ void store_remote(uint32_t address, float4 v, uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{\n.reg .b32 to, counter;\n"
+        "mapa.shared::cluster.u32 to, %0, %6;\n"
+        "mapa.shared::cluster.u32 counter, %5, %6;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1, %2, %3, %4}, [counter];\n}" ::"r"(address),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(rank)
+        : "memory");
+}
+
 __device__ __forceinline__ float4 load_relaxed(const float4* pointer) {
     float4 v;
     asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
