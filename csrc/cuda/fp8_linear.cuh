@@ -274,7 +274,7 @@ struct Exchange {
 
     __device__ void reduce(int thread, float (&d)[T::ACCUMULATORS]) {
         if (thread == 0 && split_rank < T::OWNERS) ptx::barrier_arrive_expect(arrived, T::EXCHANGE_BYTES);
-        if (sent) ptx::barrier_wait(drained, parity ^ 1);
+        wait_until_drained();
         sent = true;
 #pragma unroll
         for (int owner = 0; owner < T::OWNERS; ++owner) {
@@ -314,6 +314,9 @@ struct Exchange {
             if (lane < T::SPLIT && lane != split_rank) ptx::barrier_arrive_remote(drained, block(lane));
         }
         parity ^= 1;
+    }
+    __device__ void wait_until_drained() const {
+        if (sent && drains(split_rank) > 0) ptx::barrier_wait(drained, parity ^ 1);
     }
     // Arrivals on `drained` per tile: each warp of every other owner.
     __device__ static int drains(int split_rank) { return 4 * T::WARPGROUPS * (split_rank < T::OWNERS ? T::OWNERS - 1 : T::OWNERS); }
@@ -376,6 +379,10 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                     }
                     ring.advance();
                 }
+            }
+            // This block's memory must outlive what the others of the cluster still send to it: their last releases.
+            if constexpr (T::CLUSTER > 1) {
+                for (int s = 0; s < T::STAGES; ++s, ring.advance()) ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
             }
         }
         __syncwarp();
@@ -514,11 +521,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 }
             }
         }
-    }
-    // No block of a cluster may leave while another still writes to its memory or barriers.
-    if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
-        ptx::cluster_arrive();
-        ptx::cluster_wait();
+        if constexpr (T::SPLIT > 1) exchange.wait_until_drained();  // as above: the last arrivals from others
     }
 }
 
