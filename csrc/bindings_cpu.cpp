@@ -1,0 +1,77 @@
+// Python's view of csrc/cpu: raw pointers and sizes in, nothing out. Shapes are checked in vllm_sparse/kernels/cpu.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/linear.h"
+
+namespace py = pybind11;
+namespace cpu = vllm_sparse::cpu;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+
+template <class T>
+T* at(Pointer p) {
+    return reinterpret_cast<T*>(p);
+}
+
+std::vector<std::string> tiers() {
+    std::vector<std::string> names;
+    for (const cpu::Tier* tier : cpu::available_tiers()) names.emplace_back(tier->name);
+    return names;
+}
+
+void pack(cpu::Format format, std::int64_t n, std::int64_t k, Pointer values, Pointer positions, Pointer panels,
+          Pointer sums) {
+    py::gil_scoped_release release;
+    cpu::pack(format, n, k, at<const void>(values), at<const std::uint8_t>(positions), at<std::uint8_t>(panels),
+              at<std::int32_t>(sums));
+}
+
+void linear(const cpu::Tier& tier, cpu::Format format, std::int64_t n, std::int64_t k, std::int64_t group_size,
+            Pointer panels, Pointer group_scales, cpu::Dtype group_scale_dtype, Pointer channel_scales, Pointer sums,
+            Pointer x, cpu::Dtype dtype, std::int64_t m, std::int64_t stride, Pointer input_scale, Pointer y,
+            Pointer bias) {
+    const cpu::Quantize quantize = format == cpu::Format::int8  ? cpu::Quantize::int8
+                                   : format == cpu::Format::fp8 ? cpu::Quantize::fp8
+                                                                : cpu::Quantize::none;
+    const cpu::Weight weight{format,
+                             n,
+                             k,
+                             group_size,
+                             at<const std::uint8_t>(panels),
+                             at<const void>(group_scales),
+                             group_scale_dtype,
+                             at<const float>(channel_scales),
+                             at<const std::int32_t>(sums)};
+    const cpu::Input input{at<const void>(x), dtype, m, stride, quantize, at<const float>(input_scale)};
+    const cpu::Output output{at<void>(y), dtype, at<const void>(bias)};
+    py::gil_scoped_release release;
+    cpu::linear(tier, weight, input, output);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "2:4 linear layers on the CPU";
+    py::enum_<cpu::Format>(module, "Format")
+        .value("bf16", cpu::Format::bf16)
+        .value("fp16", cpu::Format::fp16)
+        .value("fp8", cpu::Format::fp8)
+        .value("w8a16", cpu::Format::w8a16)
+        .value("w4a16", cpu::Format::w4a16)
+        .value("int8", cpu::Format::int8);
+    py::enum_<cpu::Dtype>(module, "Dtype")
+        .value("f32", cpu::Dtype::f32)
+        .value("bf16", cpu::Dtype::bf16)
+        .value("fp16", cpu::Dtype::fp16);
+    py::class_<cpu::Tier>(module, "Tier").def_readonly("name", &cpu::Tier::name);
+    module.attr("CHANNELS") = cpu::kChannels;
+    module.attr("COLUMNS") = cpu::kColumns;
+    module.def("tiers", tiers, "Names of the instruction-set tiers that this machine runs, best first");
+    module.def("find_tier", &cpu::find_tier, py::return_value_policy::reference);
+    module.def("panel_bytes", [](cpu::Format format) { return cpu::panel_bytes(format); });
+    module.def("pack", pack);
+    module.def("linear", linear);
+}

@@ -1,0 +1,234 @@
+// The driver: lay out the activations, spread the stripes over the threads, multiply, finish. One parallel region.
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#else
+static int omp_get_thread_num() { return 0; }
+static int omp_get_num_threads() { return 1; }
+#endif
+
+namespace vllm_sparse::cpu {
+namespace {
+
+// Rows multiplied at a time: bounds the memory for laid-out activations.
+constexpr std::int64_t kRowsPerPass = 512;
+// With more than one tile, columns per block and stripes that share it: a tile's activations (64 KB in bf16) and the
+// stripes' weights stay in the L2 cache. 256 to 2048 columns and 4 to 16 stripes are within 5 % on Zen 4.
+constexpr std::int64_t kColumnsPerBlock = 2048;
+constexpr std::int64_t kStripesPerBlock = 8;
+
+// Grows and never shrinks, one per thread: no allocation in the steady state.
+class Scratch {
+ public:
+    std::uint8_t* get(std::size_t bytes) {
+        if (bytes > size_) {
+            data_.reset();
+            size_ = 0;
+            data_.reset(static_cast<std::uint8_t*>(::operator new(bytes, std::align_val_t{kLine})));
+            size_ = bytes;
+        }
+        return data_.get();
+    }
+
+ private:
+    struct Delete {
+        void operator()(std::uint8_t* p) const { ::operator delete(p, std::align_val_t{kLine}); }
+    };
+    std::unique_ptr<std::uint8_t, Delete> data_;
+    std::size_t size_ = 0;
+};
+
+std::size_t round_up(std::size_t a, std::size_t b) { return (a + b - 1) / b * b; }
+
+int log2_tile(int rows) { return rows <= 1 ? 0 : 1 + log2_tile((rows + 1) / 2); }
+
+std::int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+struct Range {
+    std::int64_t begin, end;
+};
+
+// Part `i` of `parts` of 0 .. count - 1.
+Range part(std::int64_t count, std::int64_t i, std::int64_t parts) {
+    return {count * i / parts, count * (i + 1) / parts};
+}
+
+// One pass over at most kRowsPerPass rows.
+class Pass {
+ public:
+    Pass(const Tier& tier, const Weight& weight, const Input& input, const Output& output)
+        : tier_(tier), weight_(weight), input_(input), output_(output) {
+        const int format = static_cast<int>(weight.format);
+        multiply_ = tier.multiply[format];
+        const bool bf16_values = input.dtype == Dtype::bf16 || input.quantize == Quantize::fp8;
+        if (weight.format == Format::int8) {
+            activation_ = Activation::int8;
+        } else if (bf16_values && tier.multiply_bf16 && tier.multiply_bf16[format][0]) {
+            activation_ = Activation::bf16;
+            multiply_ = tier.multiply_bf16[format];
+        } else {
+            activation_ = Activation::f32;
+        }
+        element_bytes_ = activation_ == Activation::f32 ? 4 : activation_ == Activation::bf16 ? 2 : 1;
+        panels_ = (weight.k + kColumns - 1) / kColumns;
+        tiles_ = (input.m + tier.max_rows - 1) / tier.max_rows;
+        const std::int64_t last = input.m - (tiles_ - 1) * tier.max_rows;
+        padded_rows_ = (tiles_ - 1) * tier.max_rows + (std::int64_t{1} << log2_tile(static_cast<int>(last)));
+    }
+
+    void run() {
+        thread_local Scratch shared;
+        const std::size_t scales = round_up(input_.m * sizeof(float), kLine);
+        std::uint8_t* memory = shared.get(scales + padded_rows_ * panels_ * kColumns * element_bytes_);
+        scales_ = reinterpret_cast<float*>(memory);
+        activations_ = memory + scales;
+#pragma omp parallel
+        {
+            const std::int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+            if (input_.quantize != Quantize::none) {
+                find_scales(part(input_.m, thread, threads));
+#pragma omp barrier
+            }
+            lay_out(thread, threads);
+#pragma omp barrier
+            multiply(part(stripes(weight_.n), thread, threads));
+        }
+    }
+
+ private:
+    int tile_rows(std::int64_t tile) const {
+        return static_cast<int>(std::min<std::int64_t>(tier_.max_rows, padded_rows_ - tile * tier_.max_rows));
+    }
+
+    std::uint8_t* tile_memory(std::int64_t tile) const {
+        return activations_ + tile * tier_.max_rows * panels_ * kColumns * element_bytes_;
+    }
+
+    const void* row(std::int64_t i) const {
+        return static_cast<const std::uint8_t*>(input_.x) + i * input_.stride * dtype_bytes(input_.dtype);
+    }
+
+    void find_scales(Range rows) {
+        const float largest_code = input_.quantize == Quantize::int8 ? 127.0f : 448.0f;
+        for (std::int64_t i = rows.begin; i < rows.end; ++i) {
+            const float scale =
+                input_.scale ? *input_.scale : tier_.largest(row(i), input_.dtype, weight_.k) / largest_code;
+            scales_[i] = scale == 0 ? 1.0f : scale;  // a row of zeros has codes of zero
+        }
+    }
+
+    void lay_out(std::int64_t thread, std::int64_t threads) {
+        // One tile: share its columns; else share the tiles.
+        const Range tiles = tiles_ == 1 ? Range{0, 1} : part(tiles_, thread, threads);
+        const Range panels = tiles_ == 1 ? part(panels_, thread, threads) : Range{0, panels_};
+        const std::int64_t begin = panels.begin * kColumns, end = std::min(panels.end * kColumns, weight_.k);
+        if (begin >= end) return;
+        for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+            const int rows = tile_rows(tile);
+            const std::int64_t first = tile * tier_.max_rows;
+            const int real = static_cast<int>(std::min<std::int64_t>(rows, input_.m - first));
+            const std::int64_t padded = real < rows ? begin : end / kColumns * kColumns;
+            const std::int64_t row_bytes = rows * element_bytes_;
+            std::memset(tile_memory(tile) + padded * row_bytes, 0, (panels.end * kColumns - padded) * row_bytes);
+            for (int r = 0; r < real; ++r)
+                tier_.pack({row(first + r), tile_memory(tile), begin, end - begin, r, rows, input_.dtype, activation_,
+                            input_.quantize, input_.quantize == Quantize::none ? 1.0f : scales_[first + r],
+                            tier_.int8_offset});
+        }
+    }
+
+    void multiply(Range mine) {
+        thread_local Scratch own;
+        const bool blocked = tiles_ > 1;
+        const std::int64_t stripes_per_block = blocked ? kStripesPerBlock : 1;
+        const std::int64_t group_panels = weight_.group_size / kColumns;
+        std::int64_t block_panels = panels_;
+        if (blocked) {
+            block_panels = std::max<std::int64_t>(kColumnsPerBlock / kColumns, group_panels);
+            if (group_panels) block_panels -= block_panels % group_panels;
+        }
+        const std::size_t bytes = stripes_per_block * padded_rows_ * kChannels * sizeof(float);
+        std::uint8_t* sums = own.get(bytes);
+        for (std::int64_t first = mine.begin; first < mine.end; first += stripes_per_block) {
+            const Range block{first, std::min(first + stripes_per_block, mine.end)};
+            std::memset(sums, 0, bytes);
+            for (std::int64_t panel = 0; panel < panels_; panel += block_panels)
+                for (std::int64_t tile = 0; tile < tiles_; ++tile)
+                    for (std::int64_t stripe = block.begin; stripe < block.end; ++stripe)
+                        multiply_tile(stripe, tile, {panel, std::min(panel + block_panels, panels_)},
+                                      sums_of(sums, stripe - block.begin, tile));
+            for (std::int64_t stripe = block.begin; stripe < block.end; ++stripe)
+                finish(stripe, sums_of(sums, stripe - block.begin, 0));
+        }
+    }
+
+    std::uint8_t* sums_of(std::uint8_t* sums, std::int64_t stripe, std::int64_t tile) const {
+        return sums + (stripe * padded_rows_ + tile * tier_.max_rows) * kChannels * sizeof(float);
+    }
+
+    void multiply_tile(std::int64_t stripe, std::int64_t tile, Range panels, void* sums) const {
+        const int rows = tile_rows(tile);
+        Block block{};
+        block.weight = weight_.panels + (stripe * panels_ + panels.begin) * panel_bytes(weight_.format);
+        block.activations = tile_memory(tile) + panels.begin * kColumns * rows * element_bytes_;
+        block.sums = sums;
+        block.panels = panels.end - panels.begin;
+        if (weight_.group_scales) {
+            block.group_panels = weight_.group_size / kColumns;
+            block.scale_dtype = weight_.group_scale_dtype;
+            const std::int64_t group = stripe * (panels_ / block.group_panels) + panels.begin / block.group_panels;
+            block.scales = static_cast<const std::uint8_t*>(weight_.group_scales) +
+                           group * kChannels * dtype_bytes(block.scale_dtype);
+        }
+        multiply_[log2_tile(rows)](block);
+    }
+
+    void finish(std::int64_t stripe, const std::uint8_t* sums) const {
+        const std::int64_t channel = stripe * kChannels;
+        FinishRow f{};
+        f.weight_sums = weight_.sums ? weight_.sums + channel : nullptr;
+        f.channel_scales = weight_.channel_scales ? weight_.channel_scales + channel : nullptr;
+        if (output_.bias)
+            f.bias = static_cast<const std::uint8_t*>(output_.bias) + channel * dtype_bytes(output_.dtype);
+        f.count = static_cast<int>(std::min<std::int64_t>(kChannels, weight_.n - channel));
+        f.offset = tier_.int8_offset;
+        f.dtype = output_.dtype;
+        for (std::int64_t i = 0; i < input_.m; ++i) {
+            f.sums = sums + i * kChannels * sizeof(float);
+            f.row_scale = input_.quantize == Quantize::none ? 1.0f : scales_[i];
+            f.y = static_cast<std::uint8_t*>(output_.y) + (i * weight_.n + channel) * dtype_bytes(output_.dtype);
+            tier_.finish(f);
+        }
+    }
+
+    const Tier& tier_;
+    const Weight& weight_;
+    const Input& input_;
+    const Output& output_;
+    const Multiply* multiply_;
+    Activation activation_;
+    std::int64_t element_bytes_, panels_, tiles_, padded_rows_;
+    float* scales_ = nullptr;
+    std::uint8_t* activations_ = nullptr;
+};
+
+}  // namespace
+
+void linear(const Tier& tier, const Weight& weight, const Input& input, const Output& output) {
+    for (std::int64_t first = 0; first < input.m; first += kRowsPerPass) {
+        Input rows = input;
+        Output result = output;
+        rows.m = std::min(kRowsPerPass, input.m - first);
+        rows.x = static_cast<const std::uint8_t*>(input.x) + first * input.stride * dtype_bytes(input.dtype);
+        result.y = static_cast<std::uint8_t*>(output.y) + first * weight.n * dtype_bytes(output.dtype);
+        Pass(tier, weight, rows, result).run();
+    }
+}
+
+}  // namespace vllm_sparse::cpu

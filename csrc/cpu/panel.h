@@ -1,0 +1,114 @@
+// The packed 2:4 weight that every x86 tier reads, and the plain structs between the driver and the tiers.
+//
+// A stripe is 16 output channels; a panel is one stripe by 32 input columns (8 groups of four, 16 kept values per
+// channel). A panel is one line of metadata and then lines of values, 64 bytes each; dword i of a line belongs to
+// channel i. Panels of a stripe are contiguous along k, stripes follow each other.
+//
+// Formats that multiply in 16 or 32 bits: half e (16 bits) of a dword belongs to kept value e of a group.
+//   metadata: bits 16e + 2g .. 16e + 2g + 1 = position of kept value e of group g
+//   values:   with b bits each, line g / (16 / b), bits 16e + b * (g % (16 / b)) and up
+// Format int8 multiplies four kept values (two groups, one "pair" j) per dword:
+//   metadata: byte i, bits 2j .. 2j + 1 = position of kept value i % 2 of group 2j + i / 2
+//   values:   line j, byte i = that value
+//
+// Files compiled for one instruction set include only this, <immintrin.h> and headers whose functions are all in
+// unnamed namespaces: an inline function with external linkage, compiled with AVX-512, could be the copy that the
+// linker keeps for everyone.
+#pragma once
+
+#include <cstdint>
+
+namespace vllm_sparse::cpu {
+
+constexpr int kChannels = 16;  // output channels of a stripe
+constexpr int kColumns = 32;   // input columns of a panel
+constexpr int kGroups = kColumns / 4;
+constexpr int kLine = 64;     // bytes of a line: one dword per channel
+constexpr int kMaxRows = 16;  // tokens of the largest tile
+
+enum class Format : int { bf16, fp16, fp8, w8a16, w4a16, int8 };
+constexpr int kFormats = 6;
+
+enum class Dtype : int { f32, bf16, fp16 };
+
+// How a tile of tokens is stored: four (formats of 16 bits) or eight (int8) consecutive columns of each row together,
+// [k / 4][rows][4] or [k / 8][rows][8], so that one broadcast load gives the columns that a group selects from.
+enum class Activation : int { f32, bf16, int8 };
+
+// Rounding of the activations before they are stored. int8 and fp8 divide by the row's scale first.
+enum class Quantize : int { none, int8, fp8 };
+
+namespace {
+
+constexpr int value_bits(Format format) {
+    return format == Format::bf16 || format == Format::fp16 ? 16 : format == Format::w4a16 ? 4 : 8;
+}
+
+constexpr int panel_bytes(Format format) { return kLine + kColumns / 2 * kChannels * value_bits(format) / 8; }
+
+static_assert(panel_bytes(Format::bf16) == 576 && panel_bytes(Format::int8) == 320 &&
+              panel_bytes(Format::w4a16) == 192);
+
+}  // namespace
+
+// One stripe of the weight against one tile of tokens over `panels` panels; adds to sums.
+struct Block {
+    const std::uint8_t* weight;  // first panel
+    const void* scales;          // group scales of the first panel's group, 16 per group; null: one group
+    const void* activations;     // the tile at the first panel's column
+    void* sums;                  // [rows][16], float, or int32 for Format::int8
+    std::int64_t panels;
+    std::int64_t group_panels;  // panels that share a group scale
+    Dtype scale_dtype;
+};
+
+// `count` columns of one row from `column` on, to their places in a tile.
+struct PackRow {
+    const void* x;               // the row's first column
+    void* tile;                  // the tile's first element
+    std::int64_t column, count;  // column % 32 == 0
+    int row, rows;               // of the tile
+    Dtype dtype;
+    Activation activation;
+    Quantize quantize;
+    float scale;  // x / scale is what is rounded
+    int offset;   // added to int8 codes
+};
+
+// One row of a finished block: (sum - offset * weight_sum) * row_scale * channel_scale + bias.
+struct FinishRow {
+    const void* sums;                 // [16]
+    const std::int32_t* weight_sums;  // [16] for Format::int8, else null
+    const float* channel_scales;      // [16], or null
+    const void* bias;                 // [count] of dtype, or null
+    void* y;                          // [count]
+    int count;                        // channels of the stripe that exist
+    float row_scale;
+    int offset;
+    Dtype dtype;
+};
+
+using Multiply = void (*)(const Block&);
+
+constexpr int kTiles = 5;  // 1, 2, 4, 8, 16 rows
+
+// What one instruction set offers. Rows of `multiply` are chosen by format, columns by log2 of the tile's rows.
+struct Tier {
+    const char* name;
+    int int8_offset;  // added to int8 activation codes: vpdpbusd wants them unsigned
+    int max_rows;     // of a tile
+    Multiply multiply[kFormats][kTiles];
+    const Multiply (*multiply_bf16)[kTiles];  // the same from bf16 activations; null, or null entries: from float ones
+    float (*largest)(const void* x, Dtype dtype, std::int64_t k);  // max |x| of a row
+    void (*pack)(const PackRow&);
+    void (*finish)(const FinishRow&);
+};
+
+extern const Tier scalar_tier;
+#if defined(__x86_64__)
+extern const Tier avx2_tier;
+extern const Tier avx512_tier;
+extern const Multiply avx512_bf16_multiply[kFormats][kTiles];
+#endif
+
+}  // namespace vllm_sparse::cpu

@@ -1,0 +1,121 @@
+"""Tiny random models whose linear layers are 2:4, on disk as dense and as native checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+
+from vllm_sparse.formats import Sparse24Format
+from vllm_sparse.formats.checkpoint import CheckpointWriter
+from vllm_sparse.plugin.made_up import prune_to_two_of_four, quantize_at_load
+from vllm_sparse.scheme import SCHEMES
+from vllm_sparse.weight import Sparse24Weight
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "dtype": "bfloat16",
+}
+
+
+@dataclass
+class NativeModel:
+    """A native checkpoint and the dense model with the very same (dequantized) weights."""
+
+    path: Path
+    reference: PreTrainedModel
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """Return the layers that are compressed: every linear one but the head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def random_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Return a random bf16 model, 2:4 in every linear layer but the head; ``kind`` qwen2 has biases."""
+    torch.manual_seed(seed)
+    config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**SIZES | changes)
+    config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]]
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += torch.randn_like(parameter) * 0.1
+        model.lm_head.weight.normal_(std=0.2)
+        for module in linear_layers(model).values():
+            module.weight.normal_(std=0.08)
+            module.weight.copy_(prune_to_two_of_four(module.weight))
+    return model
+
+
+def save_tokenizer(path: Path) -> None:
+    """Write a tokenizer of one token per byte, enough for vLLM to start."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+
+
+def save_dense(model: PreTrainedModel, path: Path) -> Path:
+    """Write ``model`` as an ordinary checkpoint."""
+    model.save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+def compress(model: PreTrainedModel, scheme_name: str, static: bool = False) -> dict[str, Sparse24Weight]:
+    """Return the 2:4 weights of ``model``'s linear layers in a scheme."""
+    weights = {}
+    for name, module in linear_layers(model).items():
+        weight = Sparse24Weight.from_dense(module.weight.detach(), SCHEMES["bf16"], layer=name)
+        weight = quantize_at_load(weight, SCHEMES[scheme_name], name)
+        if static:
+            weight = Sparse24Weight(
+                weight.scheme, weight.values, weight.positions, weight.scales, weight.group_size, torch.tensor([0.05])
+            )
+        weights[name] = weight
+    return weights
+
+
+def save_native(
+    model: PreTrainedModel, path: Path, scheme_name: str, static: bool = False, ignore: tuple[str, ...] = ("lm_head",)
+) -> NativeModel:
+    """Write ``model`` as a native checkpoint; give ``model`` itself the dequantized weights in float32; return both."""
+    weights = {name: w for name, w in compress(model, scheme_name, static).items() if name not in ignore}
+    group_size = next(iter(weights.values())).group_size
+    fmt = Sparse24Format(SCHEMES[scheme_name], group_size, "float32", static, ignore)
+    state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    model = model.float()
+    for name, weight in weights.items():
+        del state[f"{name}.weight"]
+        state |= {f"{name}.{key}": tensor for key, tensor in fmt.from_weight(weight).items()}
+        linear_layers(model)[name].weight.data.copy_(weight.to_dense())
+    config = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": fmt.to_config()}
+    with CheckpointWriter(path) as writer:
+        for key in sorted(state):
+            writer.add(key, state[key])
+        writer.write_json("config.json", config)
+    save_tokenizer(path)
+    return NativeModel(path, model)

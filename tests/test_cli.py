@@ -1,0 +1,52 @@
+import pytest
+
+from vllm_sparse import __version__, cli
+from vllm_sparse.errors import FormatError
+
+
+def test_without_a_command_it_lists_them_and_fails(capsys):
+    assert cli.main([]) == 2
+    assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+
+
+def test_help_and_version_succeed(capsys):
+    assert cli.main(["--help"]) == 0
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.endswith(__version__ + "\n")
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["comprss"]) == 2
+    assert "vllm-sparse: error: unknown command 'comprss'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"vllm-sparse {name}" in capsys.readouterr().out
+
+
+def fail(error):
+    class Module:
+        @staticmethod
+        def add_arguments(parser):
+            pass
+
+        @staticmethod
+        def run(args):
+            raise error
+
+    return lambda name: Module
+
+
+def test_a_users_error_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib, "import_module", fail(FormatError("model.layers.0: truncated")))
+    assert cli.main(["inspect"]) == 2
+    assert capsys.readouterr().err == "vllm-sparse: error: model.layers.0: truncated\n"
+
+
+def test_interruption_has_its_own_status(monkeypatch):
+    monkeypatch.setattr(cli.importlib, "import_module", fail(KeyboardInterrupt()))
+    assert cli.main(["compress"]) == 130

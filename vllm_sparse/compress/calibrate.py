@@ -1,0 +1,57 @@
+"""One block's Hessians: who shares an input, and how many tokens came by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vllm_sparse.compress.hessian import Hessian
+
+
+class BlockHessians:
+    """Hooks on the linear layers of one block. Layers given the very same tensor (q, k, v; gate, up) share one H.
+
+    Use as a context manager around the forward passes; call ``end_batch`` after each.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        self._linears = linears
+        self._leader: dict[str, str] = {}
+        self._hessians: dict[str, Hessian] = {}
+        self._seen: dict[int, tuple[Tensor, str]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> BlockHessians:
+        for name, linear in self._linears.items():
+            self._handles.append(linear.register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._seen.clear()
+
+    def end_batch(self) -> None:
+        """Forget the inputs of this forward pass; a later tensor may live at the same address."""
+        self._seen.clear()
+
+    def of(self, name: str) -> tuple[Tensor | None, int]:
+        """Return H of a layer's inputs and its number of tokens; (None, 0) when no token reached it."""
+        hessian = self._hessians.get(self._leader.get(name, name))
+        return (None, 0) if hessian is None else (hessian.matrix(name), hessian.tokens)
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if x.numel() == 0:  # an expert that no token was sent to
+                return
+            # Holding the tensor keeps its id from being given to another one before the pass ends.
+            leader = self._seen.setdefault(id(x), (x, name))[1]
+            # Who leads is decided in the first pass: a follower whose leader was not called would go uncounted.
+            leader = self._leader.setdefault(name, leader)
+            if leader == name:
+                self._hessians.setdefault(name, Hessian(x.shape[-1], x.device)).add(x)
+
+        return hook

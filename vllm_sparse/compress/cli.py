@@ -1,0 +1,50 @@
+"""``vllm-sparse compress``: the options of ``compress`` on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from vllm_sparse.compress.recipe import PRUNERS, QUANTIZERS, Recipe
+from vllm_sparse.scheme import SCHEMES
+
+_RECIPE_OPTIONS = tuple(field.name for field in dataclasses.fields(Recipe))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options. Those of the recipe default to None, so that a recipe file is only overruled where asked."""
+    parser.add_argument("model", help="model directory or Hugging Face id")
+    parser.add_argument("-o", "--output", required=True, help="directory to write")
+    parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (default w4a16)")
+    parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default sparsegpt)")
+    parser.add_argument("--quantizer", help=f"{', '.join(QUANTIZERS)} (default gptq)")
+    parser.add_argument(
+        "--group-size", type=int, help="input features per scale, -1 per channel (default 128 for weight-only schemes)"
+    )
+    parser.add_argument("--iterations", type=int, help="of least squares on the kept weights (default 40; 0 for none)")
+    parser.add_argument("--dampening", type=float, help="share of H's mean diagonal added to it (default 0.01)")
+    parser.add_argument("--ignore", nargs="+", help="layers that stay dense: names, or re: and a regular expression")
+    parser.add_argument("--calibration", help="text file, directory, .jsonl file or Hugging Face dataset id")
+    parser.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")
+    parser.add_argument("--seq-len", type=int, help="tokens per sequence (default 512)")
+    parser.add_argument("--seed", type=int, help="of the choice of sequences (default 0)")
+    parser.add_argument("--recipe", help="YAML file with these options; the command line wins")
+    parser.add_argument("--device", help="such as cuda:0 or cpu (default: the first GPU, else the CPU)")
+    parser.add_argument("--force", action="store_true", help="replace what is in the output directory")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; errors a user can cause are raised as SparseError."""
+    from vllm_sparse.compress.pipeline import compress  # transformers takes seconds to import
+
+    report = compress(
+        args.model,
+        args.output,
+        calibration=args.calibration,
+        device=args.device,
+        recipe=args.recipe,
+        force=args.force,
+        **{name: getattr(args, name) for name in _RECIPE_OPTIONS},
+    )
+    print(f"{report.summary()}\nwritten to {args.output}")
+    return 0

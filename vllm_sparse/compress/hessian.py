@@ -1,0 +1,102 @@
+"""The second moment of a layer's inputs, H = X^T X / tokens, and the factor of its inverse that OBS walks along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.errors import FormatError, UnsupportedError
+
+_PANEL = 512  # columns of H computed at once; panels below the diagonal are mirrored, not computed
+_DAMPENING_STEP = 10.0
+_LARGEST_DAMPENING = 1.0
+
+
+class Hessian:
+    """Accumulates H over the tokens that reach a linear layer. There is no padding among them: see calibration.py.
+
+    Attributes:
+        tokens: how many input rows were added.
+    """
+
+    def __init__(self, k: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._sum = torch.zeros(k, k, dtype=torch.float32, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs ``[..., k]``; products are summed in float32."""
+        x = x.reshape(-1, x.shape[-1]).float()
+        self.tokens += x.shape[0]
+        for start in range(0, x.shape[1], _PANEL):
+            stop = start + _PANEL
+            self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+
+    def matrix(self, layer: str) -> Tensor:
+        """Return H float32 ``[k, k]``, the mean over tokens.
+
+        Raises:
+            FormatError: the activations held NaN or Inf; ``layer`` is in the message.
+        """
+        for start in range(_PANEL, self._sum.shape[0], _PANEL):
+            self._sum[start : start + _PANEL, :start] = self._sum[:start, start : start + _PANEL].T
+        h = self._sum / max(1, self.tokens)
+        if not bool(torch.isfinite(h).all()):
+            raise FormatError(f"{layer}: its inputs overflow or hold NaN during calibration")
+        return h
+
+
+@dataclass(frozen=True)
+class Damped:
+    """H made positive definite.
+
+    Attributes:
+        h: H with ``dampening`` times its mean diagonal added, float32 ``[k, k]``.
+        factor: upper triangular U with U^T U = h^-1 (GPTQ, arXiv 2210.17323, step 3), float32 ``[k, k]``.
+        dampening: the share of the mean diagonal that was needed.
+        dead: bool ``[k]``, inputs that were always zero. Their weights can be anything, so they become zero.
+    """
+
+    h: Tensor
+    factor: Tensor
+    dampening: float
+    dead: Tensor
+
+
+def damp(h: Tensor, dampening: float = 0.01, layer: str = "layer") -> Damped:
+    """Add ``dampening`` times the mean diagonal to ``h`` ``[k, k]`` and factor its inverse.
+
+    When the result is not positive definite, double precision and then ten times the dampening are tried.
+
+    Raises:
+        UnsupportedError: no dampening up to the mean diagonal itself is enough.
+    """
+    diagonal = h.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.mean()) or 1.0
+    while dampening <= _LARGEST_DAMPENING:
+        damped = h.clone()
+        damped.diagonal().add_(dampening * mean)
+        # A dead input has an empty row and column; any positive diagonal leaves the others alone.
+        damped.diagonal()[dead] = mean
+        for dtype in (torch.float32, torch.float64):
+            factor = _inverse_factor(damped.to(dtype))
+            if factor is not None:
+                return Damped(damped, factor.float(), dampening, dead)
+        dampening = dampening * _DAMPENING_STEP if dampening else 1e-6
+    raise UnsupportedError(f"{layer}: no dampening makes the Hessian positive definite; use more calibration text")
+
+
+def _inverse_factor(h: Tensor) -> Tensor | None:
+    """Return upper U with U^T U = h^-1, or None when ``h`` is not numerically positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if int(failed):
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+
+
+def energy(difference: Tensor, h: Tensor) -> Tensor:
+    """Return d h d^T of every row d of ``difference`` ``[n, k]``: the squared output error, ``[n]``."""
+    return ((difference @ h) * difference).sum(1).clamp_min(0)

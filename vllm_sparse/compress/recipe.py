@@ -1,0 +1,145 @@
+"""What to do to a model: the options of ``compress``, from the command line, a YAML file or Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vllm_sparse.errors import OptionError
+from vllm_sparse.scheme import GROUP_SIZES, get_scheme
+
+PRUNERS = ("sparsegpt", "wanda", "magnitude", "none")
+QUANTIZERS = ("gptq", "joint", "rtn")
+# Routers decide which expert sees a token: few weights, and an error in one changes everything after it.
+ALWAYS_DENSE = ("lm_head", r"re:.*[._](gate|router)$")
+_DEFAULT_ITERATIONS = {"sparsegpt": 40, "wanda": 40, "magnitude": 0, "none": 0}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "scheme": (str,),
+    "pruner": (str,),
+    "quantizer": (str,),
+    "group_size": (int, type(None)),
+    "iterations": (int, type(None)),
+    "dampening": (int, float),
+    "ignore": (list, tuple),
+    "num_samples": (int,),
+    "seq_len": (int,),
+    "seed": (int,),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices that decide the compressed weights.
+
+    Attributes:
+        scheme: bf16, fp8, int8, w4a16 or w8a16.
+        pruner: how the 2:4 mask is chosen; "none" takes a model that is 2:4 already.
+        quantizer: gptq, rtn, or joint (SparseGPT's own pass, which prunes and rounds together).
+        group_size: input features per scale; None: 128 for weight-only schemes, per channel for the others.
+        iterations: of least squares on the kept weights; None: 40 after a pruner that looks at inputs, else 0.
+        dampening: share of the mean diagonal added to H.
+        ignore: layers that stay dense, by exact name or ``re:`` and a regular expression, besides ``ALWAYS_DENSE``.
+        num_samples, seq_len: calibration sequences and their length in tokens.
+        seed: of the choice of sequences.
+
+    Raises:
+        OptionError: an option is unknown, or does not fit another one.
+    """
+
+    scheme: str = "w4a16"
+    pruner: str = "sparsegpt"
+    quantizer: str = "gptq"
+    group_size: int | None = None
+    iterations: int | None = None
+    dampening: float = 0.01
+    ignore: tuple[str, ...] = ()
+    num_samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        scheme = get_scheme(self.scheme)
+        _check_choice("pruner", self.pruner, PRUNERS)
+        _check_choice("quantizer", self.quantizer, QUANTIZERS)
+        if self.quantizer == "joint" and self.pruner != "sparsegpt":
+            raise OptionError(f"quantizer joint is SparseGPT's own pass and cannot follow pruner {self.pruner}")
+        size = self.group_size if self.group_size is not None else (128 if scheme.grouped else -1)
+        if size not in (GROUP_SIZES if scheme.grouped else (-1,)):
+            wanted = ", ".join(map(str, GROUP_SIZES)) if scheme.grouped else "-1, since it has one scale per channel"
+            raise OptionError(f"group size {size} does not fit scheme {scheme.name}: expected {wanted}")
+        for name in ("num_samples", "seq_len"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dampening <= 1:
+            raise OptionError(f"dampening must be between 0 and 1, got {self.dampening}")
+        object.__setattr__(self, "group_size", size)
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if self.iterations is None:
+            object.__setattr__(self, "iterations", _DEFAULT_ITERATIONS[self.pruner])
+        elif self.iterations < 0:
+            raise OptionError(f"iterations must not be negative, got {self.iterations}")
+
+    @property
+    def group(self) -> int:
+        """The group size, with the default resolved."""
+        assert self.group_size is not None  # resolved by the constructor
+        return self.group_size
+
+    @property
+    def squares_iterations(self) -> int:
+        """Iterations of least squares, with the default resolved."""
+        assert self.iterations is not None  # resolved by the constructor
+        return self.iterations
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What weight scales are stored in: bf16 where there are many of them, float32 where one serves a channel."""
+        return torch.bfloat16 if get_scheme(self.scheme).grouped else torch.float32
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any step looks at the inputs of a layer."""
+        rounds_by_inputs = get_scheme(self.scheme).scaled and self.quantizer != "rtn"
+        return self.pruner in ("sparsegpt", "wanda") or rounds_by_inputs or self.squares_iterations > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain values that a YAML recipe may hold."""
+        return asdict(self) | {"ignore": list(self.ignore)}
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Return the options in YAML file ``path``, spelled like the attributes of ``Recipe``."""
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"{path}: cannot be read as a YAML recipe ({error})") from error
+    if not isinstance(options, dict):
+        raise OptionError(f"{path}: expected a mapping of options, such as 'scheme: w4a16'")
+    return options
+
+
+def make_recipe(options: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Return the recipe with ``options``, checked for name and type; ``where`` (a file name) starts the messages.
+
+    Raises:
+        OptionError: an option is unknown, has the wrong type, or does not fit another one.
+    """
+    for name, value in options.items():
+        if name not in _TYPES:
+            raise OptionError(f"{where}: unknown option {name!r}, expected one of {', '.join(_TYPES)}")
+        if not isinstance(value, _TYPES[name]) or isinstance(value, bool):
+            raise OptionError(f"{where}: option {name} has the wrong type: {value!r}")
+    try:
+        return Recipe(**options)
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from error
+
+
+def _check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"unknown {what} {value!r}: expected one of {', '.join(choices)}")

@@ -1,0 +1,165 @@
+"""What a compressed model says of itself: report.json for programs, README.md (the model card) for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from vllm_sparse.compress.layer import LayerReport
+from vllm_sparse.compress.recipe import Recipe
+from vllm_sparse.errors import OutputError
+from vllm_sparse.formats.base import Format
+from vllm_sparse.weight import count_violations
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The written files, read again.
+
+    Attributes:
+        layers: how many 2:4 layers were found.
+        groups: groups of four among them.
+        violations: groups with more than two non-zeros; 0 or the model is not written.
+        zeros: share of zeros among their weights.
+    """
+
+    layers: int
+    groups: int
+    violations: int
+    zeros: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of ``compress``.
+
+    Attributes:
+        model: what was compressed.
+        recipe: every option, defaults resolved.
+        calibration: source, sequences, tokens and a hash of the token ids; None when none was needed.
+        layers: one report per compressed layer, in the order of the model.
+        dense: linear layers that were left as they are.
+        bytes_before, bytes_after: size of all tensors.
+        verification: see ``Verification``.
+        seconds: wall time.
+        versions: of this package, torch and transformers.
+    """
+
+    model: str
+    recipe: Recipe
+    calibration: dict[str, Any] | None
+    layers: tuple[LayerReport, ...]
+    dense: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    verification: Verification
+    seconds: float
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(asdict(self) | {"recipe": self.recipe.to_dict()}, indent=2) + "\n"
+
+    def summary(self) -> str:
+        """Return two lines for the end of a run."""
+        worst = max(self.layers, key=lambda layer: layer.error)
+        checked = self.verification
+        return (
+            f"{len(self.layers)} layers 2:4 {self.recipe.scheme}, {len(self.dense)} linear layers dense; "
+            f"{self.bytes_before / 1e6:.1f} MB to {self.bytes_after / 1e6:.1f} MB in {self.seconds:.0f} s; "
+            f"largest error {worst.error:.3f} ({worst.name})\n"
+            f"verified after writing: {checked.violations} of {checked.groups} groups of four in {checked.layers} "
+            f"layers have more than two non-zeros"
+        )
+
+
+def verify(directory: Path, form: Format, layers: Iterable[str]) -> Verification:
+    """Read every 2:4 layer from the files in ``directory`` and count the groups that are not 2:4.
+
+    Raises:
+        OutputError: a group has more than two non-zeros, or a tensor cannot be read back.
+    """
+    files = {name: file for file in sorted(directory.glob("*.safetensors")) for name in _names(file)}
+    count = groups = violations = zeros = 0
+    for layer in layers:
+        tensors = {}
+        for name, file in files.items():
+            if name.rpartition(".")[0] == layer and not name.endswith(".bias"):
+                with safe_open(file, framework="pt") as handle:
+                    tensors[name.rpartition(".")[2]] = handle.get_tensor(name)
+        weight = form.to_weight(layer, tensors, [])
+        dense = weight.to_dense_codes()
+        count += 1
+        groups += dense.numel() // 4
+        violations += count_violations(dense)
+        zeros += dense.numel() - int((dense.float() != 0).sum())
+    if violations:
+        raise OutputError(f"{directory}: {violations} of {groups} written groups of four are not 2:4; nothing was kept")
+    return Verification(count, groups, violations, zeros / max(1, 4 * groups))
+
+
+def model_card(report: Report, name: str) -> str:
+    """Return README.md for a compressed model called ``name``."""
+    front = {
+        "base_model": report.model,
+        "library_name": "vllm",
+        "pipeline_tag": "text-generation",
+        "tags": ["vllm", "sparsity", "2:4", "sparse24", report.recipe.scheme],
+    }
+    checked = report.verification
+    recipe = yaml.safe_dump(report.recipe.to_dict(), sort_keys=False).rstrip()
+    rows = "\n".join(
+        f"| {r.name} | {r.n} x {r.k} | {r.error:.4f} | {_maybe(r.optimum_ratio)} | {_maybe(r.dampening)} "
+        f"| {r.tokens} | {r.zeros:.1%} | {r.note} |"
+        for r in report.layers
+    )
+    calibration = "none" if report.calibration is None else ", ".join(f"{k} {v}" for k, v in report.calibration.items())
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).rstrip()}
+---
+# {name}
+
+`{report.model}` with {len(report.layers)} linear layers pruned to 2:4 and stored as {report.recipe.scheme}:
+{report.bytes_before / 1e6:.1f} MB of tensors became {report.bytes_after / 1e6:.1f} MB.
+{len(report.dense)} linear layers stay dense.
+
+## Use
+```
+pip install vllm-sparse
+vllm serve {name}
+```
+
+## How it was made
+`vllm-sparse compress` with this recipe (seeded, so that the same input gives the same weights):
+```yaml
+{recipe}
+```
+Calibration: {calibration}. Versions: {", ".join(f"{k} {v}" for k, v in report.versions.items())}.
+
+## Verified
+Read back from the written files: {checked.violations} of {checked.groups} groups of four hold more than two non-zeros,
+{checked.zeros:.2%} of the weights of these layers are zero.
+
+## Layers
+Error is ||(W - W')X|| / ||WX|| on the calibration inputs. Optimum is the squared error after least squares over the
+least that the layer's mask allows.
+
+| layer | shape | error | optimum | dampening | tokens | zeros | note |
+|---|---|--:|--:|--:|--:|--:|---|
+{rows}
+"""
+
+
+def _maybe(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as handle:
+        return list(handle.keys())

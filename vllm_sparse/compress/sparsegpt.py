@@ -1,0 +1,45 @@
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774) for 2:4, alone or with quantization in the same pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.compress.grid import Grid
+from vllm_sparse.compress.magnitude import keep_two_of_four
+
+
+def sparsegpt(weight: Tensor, factor: Tensor, grid: Grid | None = None, block: int = 128) -> tuple[Tensor, Tensor]:
+    """Prune ``weight`` to 2:4, moving the error of each column onto the columns after it.
+
+    Args:
+        weight: float ``[n, k]``; not modified.
+        factor: ``Damped.factor`` of the inputs, ``[k, k]``.
+        grid: rounds each kept weight as it is reached (the joint mode, section 3.4 of the paper).
+        block: columns whose errors are applied to the rest in one product, a multiple of 4. It changes the speed and
+            not the result, since a 2:4 mask is chosen four columns at a time.
+
+    Returns:
+        The pruned (and rounded) weight and its mask, both ``[n, k]``.
+    """
+    k = weight.shape[1]
+    # Column j of the weight is row j here, so that the inner loop touches contiguous memory.
+    w = weight.T.clone(memory_format=torch.contiguous_format)
+    keep = torch.empty_like(w, dtype=torch.bool)
+    diagonal = factor.diagonal()
+    for start in range(0, k, block):
+        stop = min(start + block, k)
+        errors = torch.empty_like(w[start:stop])
+        for j in range(start, stop):
+            if j % 4 == 0:  # what is left of each weight after the columns before it, over the cost of losing it
+                scores = (w[j : j + 4] / diagonal[j : j + 4, None]).square()
+                keep[j : j + 4] = keep_two_of_four(scores.T).T
+            target = w[j] * keep[j]
+            if grid is not None:
+                target = grid.round(target, j)
+            error = (w[j] - target) / diagonal[j]
+            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+            w[j] = target
+            errors[j - start] = error
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return w.T.contiguous(), keep.T.contiguous()

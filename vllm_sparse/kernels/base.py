@@ -1,0 +1,62 @@
+"""The seam between weights and kernels: ``prepare`` packs once at load, ``apply`` multiplies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.weight import LinearSpec, Sparse24Weight
+
+_LIBRARY = torch.library.Library("vllm_sparse", "FRAGMENT")
+
+
+class Kernel(ABC):
+    """One kernel family. Stateless: everything it needs at run time is in ``spec`` and the packed tensors.
+
+    Attributes:
+        name: the word used in logs, options and benchmarks.
+        quantizes_input: True if ``apply`` takes activations as they are and, for schemes that quantize them, does it
+            itself; False if such schemes want codes ``[m, k]`` of ``spec.scheme.activation`` and their scales.
+    """
+
+    name: ClassVar[str]
+    quantizes_input: ClassVar[bool]
+
+    @abstractmethod
+    def reason_against(self, spec: LinearSpec, device: torch.device) -> str | None:
+        """Return None if this kernel can run ``spec`` on ``device``, otherwise one sentence that says why not."""
+
+    @abstractmethod
+    def prepare(self, spec: LinearSpec, weight: Sparse24Weight) -> dict[str, Tensor]:
+        """Pack ``weight`` on its own device. Names and shapes depend on ``spec`` alone."""
+
+    @abstractmethod
+    def apply(
+        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """Return ``x @ W.T + bias``, ``[m, n]`` of ``spec.dtype``.
+
+        Args:
+            x: ``[m, k]``, m >= 0: activations of ``spec.dtype``, or codes (see ``quantizes_input``).
+            x_scale: float32 ``[m, 1]``, or ``[1]`` for static activations; None when x is not quantized.
+            bias: ``[n]`` of ``spec.dtype`` or None.
+        """
+
+
+def define_op(signature: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor], device: str) -> None:
+    """Register ``torch.ops.vllm_sparse.<name>`` so that torch.compile and CUDA graphs see one opaque call.
+
+    Args:
+        signature: a schema such as ``"cpu_linear(Tensor x, int n) -> Tensor"``; nothing in it may be mutated.
+        implementation: the function for ``device``.
+        fake: the same function on shapes alone.
+        device: dispatch key, ``"CPU"``, ``"CUDA"`` or ``"CompositeExplicitAutograd"`` for any.
+    """
+    name = signature.split("(", 1)[0]
+    _LIBRARY.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
+    _LIBRARY.impl(name, implementation, device)
+    _LIBRARY._register_fake(name, fake)

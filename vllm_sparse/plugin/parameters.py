@@ -1,0 +1,162 @@
+"""vLLM parameters that check what they load: shape, dtype, and that nothing is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    ModelWeightParameter,
+    PackedColumnParameter,
+    PackedvLLMParameter,
+    PerTensorScaleParameter,
+    RowvLLMParameter,
+)
+
+from vllm_sparse.errors import FormatError
+from vllm_sparse.formats import TensorSpec
+
+_WIDE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Checked(BasevLLMParameter):
+    """Mixed into vLLM's parameter classes, whose own checks are bare assertions, or copies that convert silently.
+
+    Attributes:
+        label: name of the tensor in messages.
+        parts: how many parts of a fused layer have to arrive.
+        loaded: the parts that did; "all" for a tensor that came whole.
+    """
+
+    label: str
+    parts: int
+    loaded: set[Any]
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self._check(loaded_weight, self._output_size() * self.tp_size, "all")
+        super().load_column_parallel_weight(loaded_weight=loaded_weight)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self._check(loaded_weight, self._output_size(), "all", split_input=True)
+        super().load_row_parallel_weight(loaded_weight=loaded_weight)
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **shard: Any) -> None:
+        self._check(loaded_weight, self._on_disk(shard) * self.tp_size, shard.get("shard_id", "all"))
+        super().load_merged_column_weight(loaded_weight=loaded_weight, **shard)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **shard: Any) -> None:
+        replicas = 1 if shard.get("shard_id") == "q" else shard.get("num_heads", 1)
+        self._check(loaded_weight, self._on_disk(shard) * self.tp_size // replicas, shard.get("shard_id", "all"))
+        super().load_qkv_weight(loaded_weight=loaded_weight, **shard)
+
+    def load_replicated(self, loaded_weight: Tensor) -> None:
+        """Load a layer that every rank holds whole."""
+        if loaded_weight.dim() == 0:
+            loaded_weight = loaded_weight.reshape(1)
+        self._check(loaded_weight, self._output_size(), "all")
+        self.data.copy_(loaded_weight)
+
+    def is_complete(self) -> bool:
+        """Return whether every part has been loaded."""
+        return "all" in self.loaded or len(self.loaded) >= self.parts
+
+    def _output_size(self) -> int:
+        dim = getattr(self, "output_dim", None)
+        return 0 if dim is None else self.data.shape[dim]
+
+    def _on_disk(self, shard: dict[str, Any]) -> int:
+        """Return how many entries one rank's shard of a part has along the output dimension."""
+        return int(shard.get("shard_size", 0) // getattr(self, "packed_factor", 1))
+
+    def _check(self, loaded: Tensor, output_size: int, part: Any, split_input: bool = False) -> None:
+        want = list(self.data.shape)
+        if isinstance(self, PerTensorScaleParameter):
+            want = [1]
+            loaded = loaded.reshape(1) if loaded.dim() == 0 else loaded
+        elif getattr(self, "output_dim", None) is not None:
+            want[self.output_dim] = output_size
+        if split_input and getattr(self, "input_dim", None) is not None:
+            want[self.input_dim] *= self.tp_size
+        if list(loaded.shape) != want:
+            raise FormatError(f"{self.label}: expected shape {want} in the checkpoint, got {list(loaded.shape)}")
+        if loaded.dtype != self.data.dtype and not (loaded.dtype in _WIDE and self.data.dtype in _WIDE):
+            raise FormatError(f"{self.label}: expected {self.data.dtype} in the checkpoint, got {loaded.dtype}")
+        self.loaded.add(part)
+
+
+class WeightTensor(_Checked, ModelWeightParameter):
+    """Sharded along output and input features."""
+
+
+class PackedTensor(_Checked, PackedvLLMParameter):
+    """Like WeightTensor, with more or fewer than one entry per output feature."""
+
+
+class ChannelTensor(_Checked, ChannelQuantScaleParameter):
+    """Sharded along output features alone."""
+
+
+class PackedChannelTensor(_Checked, PackedColumnParameter):
+    """Like ChannelTensor, with more or fewer than one entry per output feature."""
+
+
+class RowTensor(_Checked, RowvLLMParameter):
+    """Sharded along input features alone."""
+
+
+class WholeTensor(_Checked, BasevLLMParameter):
+    """The same on every rank."""
+
+
+class PartScalars(_Checked, PerTensorScaleParameter):
+    """One scalar for each part of a fused layer."""
+
+
+def load_replicated(param: Any, loaded_weight: Tensor) -> None:
+    """Weight loader of layers that are not sharded, in place of one that asserts."""
+    param.load_replicated(loaded_weight)
+
+
+def make_parameter(
+    spec: TensorSpec, module: str, parts: list[int], loader: Callable[..., Any], device: str | None = None
+) -> Any:
+    """Return the parameter that loads the tensor ``spec`` of ``module``.
+
+    Args:
+        parts: output features of each part of the (fused) layer on this rank.
+        loader: the layer's weight loader.
+        device: where to allocate, None for the current default.
+    """
+    data = torch.empty((len(parts),) if spec.per_part else spec.shape, dtype=spec.dtype, device=device)
+    arguments: dict[str, Any] = {"data": data, "weight_loader": loader}
+    if spec.output_dim is not None and not spec.per_part:
+        arguments["output_dim"] = spec.output_dim
+    if spec.input_dim is not None and not spec.per_part:
+        arguments["input_dim"] = spec.input_dim
+    kind = _kind(spec, sum(parts))
+    if kind in (PackedTensor, PackedChannelTensor):
+        arguments |= {
+            "packed_dim": spec.output_dim,
+            "packed_factor": Fraction(sum(parts), spec.shape[spec.output_dim or 0]),
+        }
+    parameter = kind(**arguments)
+    parameter.label = f"{module}: tensor {spec.name}"
+    parameter.parts = 1 if kind in (RowTensor, WholeTensor) else len(parts)
+    parameter.loaded = set()
+    return parameter
+
+
+def _kind(spec: TensorSpec, n: int) -> type[Any]:
+    if spec.per_part:
+        return PartScalars
+    if spec.output_dim is None:
+        return WholeTensor if spec.input_dim is None else RowTensor
+    plain = spec.shape[spec.output_dim] == n
+    if spec.input_dim is None:
+        return ChannelTensor if plain else PackedChannelTensor
+    return WeightTensor if plain else PackedTensor
