@@ -8,58 +8,43 @@
 namespace vllm_sparse::fp8 {
 namespace {
 
-enum class Cut {
-    kAll,        // every tile may be cut: equal bytes for every multiprocessor
-    kRemainder,  // whole tiles while they fill all multiprocessors, the rest is cut
-    kNone,
-};
-
 using Kernel = void (*)(CUtensorMap, KernelArguments);
 
 struct Configuration {
     int tokens, warpgroups, bricks, cluster, split;
-    int threads, shared_bytes, partial_bytes;
+    int threads, shared_bytes;
     Kernel kernel;
-    Cut cut;
 };
 
 template <typename T>
-constexpr Configuration row(Cut cut) {
-    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, T::PARTIAL_BYTES, linear_kernel<T>, cut};
+constexpr Configuration row() {
+    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, linear_kernel<T>};
 }
 
 //         tokens warpgroups bricks stages cluster split
 const Configuration kConfigurations[] = {
-    row<Tile<8, 1, 2, 8>>(Cut::kAll),
-    row<Tile<8, 1, 2, 8, 1, 2>>(Cut::kNone),
-    row<Tile<8, 1, 2, 8, 1, 4>>(Cut::kNone),
-    row<Tile<8, 2, 2, 9, 1, 4>>(Cut::kNone),
-    row<Tile<8, 1, 2, 16>>(Cut::kAll),
-    row<Tile<16, 1, 2, 7>>(Cut::kAll),
-    row<Tile<16, 1, 2, 7, 1, 2>>(Cut::kNone),
-    row<Tile<16, 1, 2, 7, 1, 4>>(Cut::kNone),
-    row<Tile<16, 2, 1, 8, 1, 4>>(Cut::kNone),
-    row<Tile<32, 1, 2, 5>>(Cut::kAll),
-    row<Tile<32, 1, 2, 5, 1, 2>>(Cut::kNone),
-    row<Tile<32, 1, 2, 5, 1, 4>>(Cut::kNone),
-    row<Tile<32, 2, 1, 6>>(Cut::kAll),
-    row<Tile<32, 2, 1, 6, 1, 4>>(Cut::kNone),
-    row<Tile<64, 2, 1, 11, 2>>(Cut::kAll),
-    row<Tile<64, 2, 1, 4, 1, 2>>(Cut::kNone),
-    row<Tile<64, 2, 1, 4, 1, 4>>(Cut::kNone),
-    row<Tile<64, 2, 1, 10, 1, 4>>(Cut::kNone),
-    row<Tile<64, 2, 1, 10, 2, 2>>(Cut::kNone),
-    row<Tile<64, 1, 1, 6, 1, 2>>(Cut::kNone),
-    row<Tile<64, 1, 1, 6, 1, 4>>(Cut::kNone),
-    row<Tile<128, 2, 1, 8, 2>>(Cut::kNone),
-    row<Tile<128, 2, 1, 6, 1, 2>>(Cut::kNone),
-    row<Tile<128, 2, 1, 6, 1, 4>>(Cut::kNone),
-    row<Tile<128, 2, 1, 6, 2, 2>>(Cut::kNone),
-    row<Tile<128, 2, 1, 6, 4, 2>>(Cut::kNone),
-    row<Tile<256, 2, 1, 5, 2>>(Cut::kNone),
-    row<Tile<256, 2, 1, 5, 4>>(Cut::kNone),
-    row<Tile<256, 2, 1, 3, 2, 2>>(Cut::kNone),
-    row<Tile<256, 2, 1, 5, 2>>(Cut::kRemainder),
+    row<Tile<8, 1, 2, 8, 1, 2>>(),
+    row<Tile<8, 1, 2, 14, 1, 2>>(),
+    row<Tile<8, 2, 2, 8, 1, 2>>(),
+    row<Tile<16, 1, 2, 7, 1, 2>>(),
+    row<Tile<16, 1, 2, 12, 1, 2>>(),
+    row<Tile<32, 1, 2, 5, 1, 2>>(),
+    row<Tile<32, 2, 1, 6, 1, 2>>(),
+    row<Tile<32, 2, 1, 6, 2, 2>>(),
+    row<Tile<64, 1, 1, 6, 1, 2>>(),
+    row<Tile<64, 1, 1, 6, 2, 2>>(),
+    row<Tile<64, 2, 1, 10, 2, 2>>(),
+    row<Tile<64, 2, 1, 4, 2, 2>>(),
+    row<Tile<64, 2, 1, 10, 4, 1>>(),
+    row<Tile<128, 1, 1, 8, 2, 2>>(),
+    row<Tile<128, 2, 1, 6, 1, 2>>(),
+    row<Tile<128, 2, 1, 8, 2, 1>>(),
+    row<Tile<128, 2, 1, 6, 2, 2>>(),
+    row<Tile<128, 2, 1, 8, 4, 1>>(),
+    row<Tile<256, 2, 1, 5, 2, 1>>(),
+    row<Tile<256, 2, 1, 5, 4, 1>>(),
+    row<Tile<256, 1, 1, 4, 2, 2>>(),
+    row<Tile<256, 1, 1, 5, 4, 1>>(),
 };
 constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
 
@@ -110,11 +95,9 @@ const char* prepare_kernel(const Configuration& c, int* workers) {
     return text(cudaOccupancyMaxActiveClusters(workers, c.kernel, &config));
 }
 
-// Once per device: its size, and permission for large shared memory.
-const char* prepare_device(Device** device) {
-    int index = 0;
-    if (const char* error = text(cudaGetDevice(&index))) return error;
-    if (index >= kMaxDevices) return "the device index is 64 or more";
+// Once per device, which is current: permissions and sizes.
+const char* prepare_device(int index, Device** device) {
+    if (index < 0 || index >= kMaxDevices) return "the device index is not in 0 ... 63";
     Device& d = devices[index];
     std::call_once(d.once, [&d, index] {
         d.error = text(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index));
@@ -123,6 +106,26 @@ const char* prepare_device(Device** device) {
     *device = &d;
     return d.error;
 }
+
+// Makes a device current while it lives.
+class DeviceGuard {
+   public:
+    explicit DeviceGuard(int device) {
+        error = text(cudaGetDevice(&previous_));
+        if (error == nullptr && previous_ != device) {
+            error = text(cudaSetDevice(device));
+            changed_ = error == nullptr;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    const char* error;
+
+   private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -136,18 +139,9 @@ int choose_configuration(int m, int n, int k, int multiprocessors) {
     if (m <= 8) return 0;
     if (m <= 16) return 3;
     if (m <= 32) return 5;
-    if (m <= 64) return 7;
-    if (m <= 128) return 12;
-    return 17;
-}
-
-const char* workspace_bytes(size_t* bytes) {
-    Device* device;
-    if (const char* error = prepare_device(&device)) return error;
-    size_t largest = 0;
-    for (const Configuration& c : kConfigurations) largest = std::max(largest, size_t(c.partial_bytes));
-    *bytes = largest * device->multiprocessors;
-    return nullptr;
+    if (m <= 64) return 10;
+    if (m <= 128) return 14;
+    return 18;
 }
 
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
@@ -155,11 +149,14 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     if (a.m < 0 || a.n <= 0 || a.k <= 0 || a.n % 16 != 0 || a.k % 32 != 0) return "n must be a multiple of 16 and k of 32";
     if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.x_stride % 16 != 0) return "x and its rows must be aligned to 16 bytes";
     if (configuration >= kCount) return "there is no such configuration";
+    const DeviceGuard guard(a.device);
+    if (guard.error != nullptr) return guard.error;
     Device* device;
-    if (const char* error = prepare_device(&device)) return error;
+    if (const char* error = prepare_device(a.device, &device)) return error;
     if (configuration < 0) configuration = choose_configuration(a.m, a.n, a.k, device->multiprocessors);
     const Configuration& c = kConfigurations[configuration];
 
+    KernelArguments args;
     CUtensorMap map;
     const EncodeTiled encode = encode_tiled();
     if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
@@ -167,7 +164,8 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     const bool planes = a.k % kBrickColumns == 0;
     const cuuint64_t sizes[3] = {cuuint64_t(planes ? kBrickColumns : a.k), cuuint64_t(a.m), cuuint64_t(planes ? a.k / kBrickColumns : 1)};
     const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
-    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(c.tokens / c.cluster), cuuint32_t(planes ? c.bricks : 1)};
+    args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
+    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(args.x_rows), cuuint32_t(planes ? c.bricks : 1)};
     const cuuint32_t steps[3] = {1, 1, 1};
     if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -175,14 +173,12 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
         return "the driver refused the tensor map of x";
     }
 
-    KernelArguments args;
     args.weight = static_cast<const uint8_t*>(a.weight);
     args.weight_scale = a.weight_scale;
     args.x_scale = a.x_scale;
     args.x_scale_stride = a.x_scale_per_token ? 1 : 0;
     args.bias = a.bias;
     args.out = a.out;
-    args.partials = static_cast<float4*>(a.workspace);
     args.m = a.m;
     args.n = a.n;
     args.x_planes = planes;
@@ -192,24 +188,8 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
     args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
     args.stream_weight = args.token_tiles == 1;
-    if (args.column_tiles < c.split) return "k is too small for this configuration";
     const int blocks_per_cluster = c.cluster * c.split;
-    const int most_workers = device->workers[configuration];
-    int workers;
-    if (c.cut == Cut::kAll) {
-        args.direct_tiles = 0;
-        workers = int(std::min<int64_t>(most_workers, int64_t(args.tiles) * args.column_tiles));
-    } else if (c.cut == Cut::kRemainder) {
-        args.direct_tiles = args.tiles / most_workers * most_workers;
-        workers = int(std::min<int64_t>(most_workers, int64_t(args.tiles) * args.column_tiles));
-    } else {
-        args.direct_tiles = args.tiles;
-        workers = std::min(most_workers, args.tiles);
-    }
-
-    const int cut_stages = (args.tiles - args.direct_tiles) * args.column_tiles;
-    args.share_quotient = cut_stages / workers;
-    args.share_remainder = cut_stages % workers;
+    const int workers = std::min(device->workers[configuration], args.tiles);
 
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(workers * blocks_per_cluster);

@@ -1,10 +1,10 @@
 // The FP8 2:4 kernel: one skeleton from one token to thousands.
 //
-// The weight is the sparse operand (64 features per warpgroup), tokens are the other one, so D is out^T. One warp feeds a ring of
-// stages through the copy engine; each consumer warpgroup multiplies 64 features by all tokens of the tile. Blocks are persistent.
-// Tiles are dealt in two ways: `direct_tiles` whole tiles round robin, and the rest cut into equal runs of stages ("stream-K"), so
-// that every multiprocessor reads the same number of bytes whatever n and k are. A tile that is cut is summed by the block that has
-// its first columns, in the order of the columns: results do not depend on timing.
+// The weight is the sparse operand (64 features per warpgroup), tokens are the other one, so the accumulators hold out^T. Two
+// warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer warpgroup multiplies 64
+// features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c + clusters, ... In a cluster, CLUSTER
+// blocks with neighbouring features share the loads of the tokens, and SPLIT blocks share a tile's columns. Sums are added in the
+// order of the columns: results depend on the configuration, never on timing.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,46 +22,41 @@ struct KernelArguments {
     const float* x_scale;
     const void* bias;
     void* out;
-    float4* partials;
     int m, n;
     int x_scale_stride;
-    bool x_planes;  // the map of x has planes of 128 columns: one copy fetches a stage
+    int x_rows;          // tokens that one block of a cluster loads per tile
+    bool x_planes;       // the map of x has planes of 128 columns: one copy fetches a stage
     bool half_out;
-    bool stream_weight;   // each weight byte is read once: let L2 drop it first
-    int column_tiles;     // stages along k
+    bool stream_weight;  // each weight byte is read once: let L2 drop it first
+    int column_tiles;    // stages along k
     int token_tiles;
-    int feature_tiles;    // of 64
-    int tiles;            // of the whole cluster
-    int direct_tiles;
-    int share_quotient, share_remainder;  // stages of the cut tiles, over all workers
+    int feature_tiles;  // of 64
+    int tiles;          // of the whole cluster
 };
 
-template <int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_ = 1, int SPLIT_ = 1>
+template <int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_, int SPLIT_>
 struct Tile {
     static constexpr int TOKENS = TOKENS_;          // tokens of a tile
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers, 64 features each
     static constexpr int BRICKS = BRICKS_;          // bricks (128 columns) per stage and warpgroup
     static constexpr int STAGES = STAGES_;
-    static constexpr int CLUSTER = CLUSTER_;        // blocks with neighbouring features that share the tokens' loads
-    static constexpr int SPLIT = SPLIT_;            // blocks that share a tile's columns and add up through their shared memory
+    static constexpr int CLUSTER = CLUSTER_;  // blocks with neighbouring features that share the tokens' loads
+    static constexpr int SPLIT = SPLIT_;      // blocks that share a tile's columns
     static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
 
-    static constexpr int FEATURES = 64 * WARPGROUPS;
-    static constexpr int THREADS = 128 * WARPGROUPS + 64;  // one warp feeds the weight, one the tokens
-    static constexpr int X_BRICK = TOKENS * kBrickColumns;
-    static constexpr int X_BYTES = X_BRICK * BRICKS;
+    static constexpr int THREADS = 128 * WARPGROUPS + 64;
+    static constexpr int X_BYTES = TOKENS * kBrickColumns * BRICKS;
     static constexpr int W_SLICE = kBrickBytes * BRICKS;
     static constexpr int STAGE_BYTES = X_BYTES + W_SLICE * WARPGROUPS;
-    static constexpr int VECTORS = TOKENS / 8;                      // float4 of accumulators per thread
+    static constexpr int ACCUMULATORS = TOKENS / 2;                   // per thread
+    static constexpr int VECTORS = TOKENS / 8;                        // the same as float4
     static constexpr int OWNERS = SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
     static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
     static constexpr int STAGED_TOKENS = OUT_TOKENS < 32 ? OUT_TOKENS : 32;  // on their way out, per warp
     static constexpr int OUT_PITCH = 48;                                     // 16 features of 2 bytes, padded off the banks
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
-    static constexpr int SCALE_BYTES = OUT_TOKENS * 4 + 64 * 4 + 64 * 2;  // per warpgroup: token scales, feature scales, bias
-    static constexpr int ACCUMULATORS = TOKENS / 2;
-    static constexpr int PARTIAL_BYTES = FEATURES * TOKENS * 4;
+    static constexpr int SCALE_BYTES = OUT_TOKENS * 4 + 64 * 4 + 64 * 2;
     static constexpr int SHARED_BYTES =
         1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + WARPGROUPS * (4 * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
 
@@ -70,52 +65,6 @@ struct Tile {
 
     static_assert(TOKENS / CLUSTER >= 8, "a block loads whole groups of eight tokens");
     static_assert(SHARED_BYTES <= 232448, "more shared memory than a block can have");
-};
-
-// The runs of stages of one block, in the order in which it does them. Producer and consumers walk the same list.
-struct Runs {
-    int tile, first, last;  // this run: columns tiles [first, last) of `tile`
-
-    __device__ Runs(const KernelArguments& args, int worker, int workers, int split, int splits)
-        : columns_(args.column_tiles),
-          first_(args.column_tiles * split / splits),
-          last_(args.column_tiles * (split + 1) / splits),
-          direct_(args.direct_tiles),
-          next_direct_(worker),
-          step_(workers),
-          quotient_(args.share_quotient),
-          remainder_(args.share_remainder) {
-        // Later blocks get earlier runs: whoever waits for a part of its tile waits for a block that was started before it.
-        share_ = workers - 1 - worker;
-        cursor_ = share_begin(share_);
-        end_ = share_begin(share_ + 1);
-    }
-
-    __device__ bool next() {
-        if (cursor_ < end_) {
-            tile = direct_ + cursor_ / columns_;
-            first = cursor_ % columns_;
-            last = min(columns_, first + end_ - cursor_);
-            cursor_ += last - first;
-            return true;
-        }
-        if (next_direct_ >= direct_) return false;
-        tile = next_direct_;
-        first = first_;
-        last = last_;
-        next_direct_ += step_;
-        return true;
-    }
-
-    __device__ int share() const { return share_; }
-    __device__ int share_begin(int share) const {
-        return share * quotient_ + min(share, remainder_);
-    }
-    // First stage behind the cut tile `tile`, counted like share_begin.
-    __device__ int tile_end() const { return (tile - direct_ + 1) * columns_; }
-
-   private:
-    int columns_, first_, last_, direct_, next_direct_, step_, quotient_, remainder_, share_, cursor_, end_;
 };
 
 // Position in the ring of stages, and the parity that its barrier is waited for with.
@@ -127,54 +76,6 @@ struct Ring {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
-
-// Partial sums travel through L2 without flags: the workspace holds this bit pattern wherever nothing was written yet, and a sum
-// never has it (a NaN is replaced by the canonical one).
-__device__ __forceinline__ float sum_or_nan(float v) { return __float_as_uint(v) == 0xFFFFFFFFu ? __uint_as_float(0x7FFFFFFFu) : v; }
-__device__ __forceinline__ bool arrived(const float4& v) {
-    return __float_as_uint(v.x) != 0xFFFFFFFFu && __float_as_uint(v.y) != 0xFFFFFFFFu && __float_as_uint(v.z) != 0xFFFFFFFFu &&
-           __float_as_uint(v.w) != 0xFFFFFFFFu;
-}
-
-template <typename T>
-__device__ float4* partial_slot(const KernelArguments& args, int share, int rank, int thread) {
-    return args.partials + (int64_t(share) * T::CLUSTER + rank) * (T::PARTIAL_BYTES / 16) + thread;
-}
-
-template <typename T>
-__device__ void send_partial(const KernelArguments& args, int share, int rank, int thread, const float (&d)[T::ACCUMULATORS]) {
-    float4* slot = partial_slot<T>(args, share, rank, thread);
-#pragma unroll
-    for (int i = 0; i < T::VECTORS; ++i) {
-        ptx::store_relaxed(slot + i * 128 * T::WARPGROUPS, make_float4(sum_or_nan(d[4 * i]), sum_or_nan(d[4 * i + 1]),
-                                                                       sum_or_nan(d[4 * i + 2]), sum_or_nan(d[4 * i + 3])));
-    }
-}
-
-template <typename T>
-__device__ void add_partial(const KernelArguments& args, int share, int rank, int thread, float (&d)[T::ACCUMULATORS]) {
-    // Loads in flight, as registers allow.
-    constexpr int BATCH = T::WARPGROUPS == 4 ? 2 : T::TOKENS <= 64 ? T::TOKENS / 8 : T::TOKENS == 128 ? 16 : 2;
-    const float4 empty = make_float4(__uint_as_float(0xFFFFFFFFu), __uint_as_float(0xFFFFFFFFu), __uint_as_float(0xFFFFFFFFu),
-                                     __uint_as_float(0xFFFFFFFFu));
-    float4* slot = partial_slot<T>(args, share, rank, thread);
-#pragma unroll
-    for (int i = 0; i < T::VECTORS; i += BATCH) {
-        float4 part[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) part[j] = ptx::load_relaxed(slot + (i + j) * 128 * T::WARPGROUPS);
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j) {
-            float4* place = slot + (i + j) * 128 * T::WARPGROUPS;
-            while (!arrived(part[j])) part[j] = ptx::load_relaxed(place);
-            ptx::store_relaxed(place, empty);
-            d[4 * (i + j)] += part[j].x;
-            d[4 * (i + j) + 1] += part[j].y;
-            d[4 * (i + j) + 2] += part[j].z;
-            d[4 * (i + j) + 3] += part[j].w;
-        }
-    }
-}
 
 struct BFloat16 {
     static __device__ uint32_t pack(float a, float b) {
@@ -339,10 +240,13 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     const int worker = blockIdx.x / T::BLOCKS_PER_CLUSTER, workers = gridDim.x / T::BLOCKS_PER_CLUSTER;
     const int thread = threadIdx.x % 128;
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
-    Runs runs(args, worker, workers, split_rank, T::SPLIT);
+    const int first = args.column_tiles * split_rank / T::SPLIT, last = args.column_tiles * (split_rank + 1) / T::SPLIT;
+
     const auto feature_tile = [&](int tile, int group) {
         return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
     };
+    // The last tile of many is moved back to end with the last token: tokens beyond m cost the copy engine more than real ones.
+    const auto first_token = [&](int tile) { return min(tile % args.token_tiles * T::TOKENS, max(0, args.m - T::TOKENS)); };
     const auto sync_blocks = [] {
         if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
             ptx::cluster_arrive();
@@ -352,32 +256,30 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
     };
 
-    if (threadIdx.x >= 128 * T::WARPGROUPS + 32) {
+    if (threadIdx.x >= 128 * T::WARPGROUPS + 32) {  // the tokens' warp
         sync_blocks();
         ptx::wait_for_dependencies();
         if (thread == 32) {
-            constexpr int ROWS = T::TOKENS / T::CLUSTER;
             const uint64_t policy = args.stream_weight ? ptx::policy_evict_last() : ptx::policy_evict_normal();
-            const uint32_t block_offset = stage_base + rank * ROWS * kBrickColumns;
+            const int brick_bytes = args.x_rows * T::CLUSTER * kBrickColumns;
+            const uint32_t block_base = stage_base + rank * args.x_rows * kBrickColumns;
             Ring<T::STAGES> ring(1);
-            int issued = 0;
-            while (runs.next()) {
-                const int row = (runs.tile % args.token_tiles) * T::TOKENS + rank * ROWS;
-                for (int c = runs.first; c < runs.last; ++c, ++issued) {
-                    const uint32_t barrier = full + ring.stage * 8, destination = block_offset + ring.stage * T::STAGE_BYTES;
-                    if (issued >= T::STAGES) ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
-                    ptx::barrier_arrive_expect(barrier, T::X_BYTES);
+            for (int tile = worker; tile < args.tiles; tile += workers) {
+                const int row = first_token(tile) + rank * args.x_rows;
+                for (int c = first; c < last; ++c, ring.advance()) {
+                    const uint32_t barrier = full + ring.stage * 8, destination = block_base + ring.stage * T::STAGE_BYTES;
+                    ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                    ptx::barrier_arrive_expect(barrier, brick_bytes * T::BRICKS);
                     for (int b = 0; b < T::BRICKS; b += args.x_planes ? T::BRICKS : 1) {
                         const int brick = c * T::BRICKS + b;
                         const int column = args.x_planes ? 0 : brick * kBrickColumns, plane = args.x_planes ? brick : 0;
                         if constexpr (T::CLUSTER == 1) {
-                            ptx::copy_tile(destination + b * T::X_BRICK, &x_map, column, row, plane, barrier, policy);
+                            ptx::copy_tile(destination + b * brick_bytes, &x_map, column, row, plane, barrier, policy);
                         } else {
-                            ptx::copy_tile_multicast(destination + b * T::X_BRICK, &x_map, column, row, plane, barrier,
+                            ptx::copy_tile_multicast(destination + b * brick_bytes, &x_map, column, row, plane, barrier,
                                                      ((1 << T::CLUSTER) - 1) << (split_rank * T::CLUSTER), policy);
                         }
                     }
-                    ring.advance();
                 }
             }
             // This block's memory must outlive what the others of the cluster still send to it: their last releases.
@@ -386,21 +288,18 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
         }
         __syncwarp();
-    } else if (threadIdx.x >= 128 * T::WARPGROUPS) {
-        Ring<T::STAGES> ring(1);
+    } else if (threadIdx.x >= 128 * T::WARPGROUPS) {  // the weight's warp
         const uint64_t policy = args.stream_weight ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-        int issued = 0;
+        Ring<T::STAGES> ring(1);
+        int tile = worker, column = first;
         const uint8_t* source[T::WARPGROUPS];
-        bool more = false;
-        int column = 0;
-        const auto begin_run = [&] {
-            more = runs.next();
-            column = runs.first;
+        const auto begin_tile = [&] {
+            column = first;
 #pragma unroll
             for (int g = 0; g < T::WARPGROUPS; ++g) {
                 // Padding tiles beyond the weight read its last one; nothing of them is stored.
-                const int f = min(feature_tile(runs.tile, g), args.feature_tiles - 1);
-                source[g] = args.weight + (int64_t(f) * args.column_tiles + column) * T::W_SLICE;
+                const int f = min(feature_tile(tile, g), args.feature_tiles - 1);
+                source[g] = args.weight + (int64_t(f) * args.column_tiles + first) * T::W_SLICE;
             }
         };
         const auto load = [&] {
@@ -413,10 +312,12 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 source[g] += T::W_SLICE;
             }
             ring.advance();
-            ++issued;
-            if (++column == runs.last) begin_run();
+            if (++column == last) {
+                tile += workers;
+                begin_tile();
+            }
         };
-        // The first loads of the weight depend on no other kernel: they start before anything else happens.
+        const bool leader = thread == 0 && first < last;
         if (thread == 0) {
             for (int s = 0; s < T::STAGES; ++s) {
                 ptx::barrier_init(full + s * 8, 2);
@@ -427,48 +328,52 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 ptx::barrier_init(exchange_barriers + 8, max(1, Exchange<T>::drains(split_rank)));
             }
             ptx::barrier_init_fence();
-            begin_run();
-            while (more && issued < T::STAGES) load();
+        }
+        // The first loads of the weight depend on no other kernel: they start before anything else happens.
+        if (leader) {
+            begin_tile();
+            for (int s = 0; s < T::STAGES && tile < args.tiles; ++s) load();
             ptx::prefetch_map(&x_map);
         }
         __syncwarp();
         sync_blocks();
         ptx::launch_dependents();
-        if (thread == 0) {
-            while (more) {
+        if (leader) {
+            while (tile < args.tiles) {
                 ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
                 load();
             }
         }
         __syncwarp();
-    } else {
+    } else {  // the consumers
         sync_blocks();
         ptx::wait_for_dependencies();
         const int lane = thread % 32;
-        const int partial_thread = warpgroup * 128 + thread;
+        const int x_brick = args.x_rows * T::CLUSTER * kBrickColumns;
         float d[T::ACCUMULATORS];
         Ring<T::STAGES> ring(0);
         Exchange<T> exchange{reinterpret_cast<float4*>(exchange_buffer), exchange_barriers, exchange_barriers + 8, split_rank, rank};
-        const auto release = [&](int s) {
+        const auto release = [&](int stage) {
             if constexpr (T::CLUSTER == 1) {
-                if (lane == 0) ptx::barrier_arrive(empty + s * 8);
+                if (lane == 0) ptx::barrier_arrive(empty + stage * 8);
             } else {
-                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + s * 8, split_rank * T::CLUSTER + lane);
+                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + stage * 8, split_rank * T::CLUSTER + lane);
             }
         };
-        while (runs.next()) {
-            const int count = runs.last - runs.first;
-            const int feature_begin = feature_tile(runs.tile, warpgroup) * 64;
-            const int token_begin = (runs.tile % args.token_tiles) * T::TOKENS + split_rank * T::OUT_TOKENS;
-            const bool stores = (T::SPLIT > 1 ? split_rank < T::OWNERS : runs.first == 0) && feature_begin < args.n;
+        for (int tile = worker; tile < args.tiles; tile += workers) {
+            const int feature_begin = feature_tile(tile, warpgroup) * 64;
+            const int token_begin = first_token(tile) + split_rank * T::OUT_TOKENS;
+            const bool stores = split_rank < T::OWNERS && feature_begin < args.n;
             if (stores) {
                 ptx::sync_warpgroup(1 + warpgroup);  // the previous tile's scales have been read
                 scales[warpgroup].fetch(args, feature_begin, token_begin, thread);
             }
+#pragma unroll
+            for (int i = 0; i < T::ACCUMULATORS; ++i) d[i] = 0.f;
             int previous = -1;
             // Metadata registers of a batch may not change before it has finished: two sets, one batch in flight.
             uint2 even[T::BRICKS], odd[T::BRICKS];
-            const auto step = [&](uint2(&metadata)[T::BRICKS], bool first) {
+            const auto step = [&](uint2(&metadata)[T::BRICKS]) {
                 const uint32_t base = stage_base + ring.stage * T::STAGE_BYTES;
                 const uint32_t w = base + T::X_BYTES + warpgroup * T::W_SLICE;
                 ptx::barrier_wait(full + ring.stage * 8, ring.parity);
@@ -480,9 +385,9 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
 #pragma unroll
                 for (int b = 0; b < T::BRICKS; ++b) {
                     const uint64_t a = wgmma::plain_descriptor(w + b * kBrickBytes, 128, 256);
-                    const uint64_t x = wgmma::swizzled_128_descriptor(base + b * T::X_BRICK);
-                    wgmma::multiply(d, a, x, metadata[b].x, !(first && b == 0));
-                    wgmma::multiply(d, a + (2048 >> 4), x + (64 >> 4), metadata[b].y, 1);
+                    const uint64_t x = wgmma::swizzled_128_descriptor(base + b * x_brick);
+                    wgmma::multiply(d, a, x, metadata[b].x);
+                    wgmma::multiply(d, a + (2048 >> 4), x + (64 >> 4), metadata[b].y);
                 }
                 wgmma::commit();
                 wgmma::wait<1>();
@@ -490,28 +395,16 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 previous = ring.stage;
                 ring.advance();
             };
-            int i = 0;
-            for (; i + 1 < count; i += 2) {
-                step(even, i == 0);
-                step(odd, false);
+            int c = first;
+            for (; c + 1 < last; c += 2) {
+                step(even);
+                step(odd);
             }
-            if (i < count) step(even, i == 0);
+            if (c < last) step(even);
             wgmma::wait<0>();
-            release(previous);
+            if (previous >= 0) release(previous);
 
-            if constexpr (T::SPLIT > 1) {
-                exchange.reduce(partial_thread, d);
-            } else {
-                if (runs.first > 0) {
-                    send_partial<T>(args, runs.share(), rank, partial_thread, d);
-                    continue;
-                }
-                if (runs.last < args.column_tiles) {
-                    for (int s = runs.share() + 1; s < workers && runs.share_begin(s) < runs.tile_end(); ++s) {
-                        if (runs.share_begin(s + 1) > runs.share_begin(s)) add_partial<T>(args, s, rank, partial_thread, d);
-                    }
-                }
-            }
+            if constexpr (T::SPLIT > 1) exchange.reduce(warpgroup * 128 + thread, d);
             if (stores) {
                 uint8_t* const buffer = staging + 4 * warpgroup * T::OUT_BYTES;
                 if (args.half_out) {

@@ -27,8 +27,8 @@ struct LinearArguments {
     const void* bias;           // [n] in the output's type, or nullptr
     void* out;                  // [m, n] bfloat16, or float16 if half_out; contiguous, 16-byte aligned
     bool half_out;
-    void* workspace;            // workspace_bytes(), every byte 0xFF before first use and not shared by concurrent streams
     int m, n, k;                // n % 16 == 0, k % 32 == 0
+    int device;
 };
 
 // Number of entries of the configuration table.
@@ -37,13 +37,10 @@ int configuration_count();
 // The configuration that `linear` uses for these sizes.
 int choose_configuration(int m, int n, int k, int multiprocessors);
 
-// Whether the table's entry can run m tokens at all (every entry can; large tiles just waste work): the tile's token count.
+// Tokens of the tile of one entry; every entry runs any number of tokens.
 int configuration_tokens(int configuration);
 
-// Bytes of workspace that any call on the current device may need.
-const char* workspace_bytes(size_t* bytes);
-
-// Launches on `stream` (a cudaStream_t) of the current device; no synchronisation, no allocation.
+// Launches on `stream` (a cudaStream_t) of `device`; no synchronisation, no allocation, the caller's device stays current.
 // `configuration` -1 chooses; `programmatic` lets the kernel start while its predecessor in the stream still runs.
 const char* linear(const LinearArguments& arguments, int configuration, bool programmatic, void* stream);
 

@@ -150,19 +150,4 @@ __device__ __forceinline__ void store_remote(uint32_t address, float4 v, uint32_
         : "memory");
 }
 
-__device__ __forceinline__ float4 load_relaxed(const float4* pointer) {
-    float4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(pointer)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void store_relaxed(float4* pointer, float4 v) {
-    asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "f"(v.x), "f"(v.y), "f"(v.z),
-                 "f"(v.w)
-                 : "memory");
-}
-
 }  // namespace vllm_sparse::ptx
