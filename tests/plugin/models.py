@@ -103,7 +103,7 @@ def save_native(
     """Write ``model`` as a native checkpoint; give ``model`` itself the dequantized weights in float32; return both."""
     weights = {name: w for name, w in compress(model, scheme_name, static).items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
-    fmt = Sparse24Format(SCHEMES[scheme_name], group_size, "float32", static, ignore)
+    fmt = Sparse24Format(SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore)
     state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")

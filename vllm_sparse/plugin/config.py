@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,34 +15,42 @@ from vllm_sparse.errors import OptionError, UnsupportedError
 from vllm_sparse.formats import FORMATS, Format, detect
 from vllm_sparse.plugin import METHOD
 from vllm_sparse.plugin.compat import additional_config, warn_if_untested
+from vllm_sparse.plugin.dense import DenseFormat
 from vllm_sparse.plugin.options import Options
 from vllm_sparse.plugin.report import LoadReport
-from vllm_sparse.scheme import Scheme
+from vllm_sparse.scheme import Scheme, get_scheme
 
 
 class Sparse24Config(QuantizationConfig):
     """vLLM's view of a 2:4 checkpoint.
 
     Attributes:
-        format: how the 2:4 layers are stored; None for a dense checkpoint, whose 2:4 layers are found while loading.
+        stored: how the 2:4 layers are stored; None for a dense checkpoint, whose 2:4 layers are found while loading.
+        stock: vLLM's own config for what is not ours, where the checkpoint is quantized in a way vLLM knows.
         report: what was loaded how.
     """
 
-    def __init__(self, fmt: Format | None = None) -> None:
+    def __init__(self, stored: Format | None = None, stock: QuantizationConfig | None = None) -> None:
         super().__init__()
-        self.format = fmt
+        self.stored = stored
+        self.stock = stock
         self.report = LoadReport()
 
     @cached_property
     def options(self) -> Options:
         """The user's options, read when the first layer is made, since vLLM's config is not known before."""
         options = Options.parse(additional_config())
-        if options.scheme is not None and self.format is not None:
+        if options.scheme is not None and self.stored is not None:
             raise OptionError(
                 f"additional-config {METHOD}: scheme {options.scheme!r} applies to dense checkpoints, "
-                f"this one is stored as {self.format.name}"
+                f"this one is stored as {self.stored.name}"
             )
         return options
+
+    @property
+    def format(self) -> Format:
+        """The format of the layers that are, or may be, 2:4."""
+        return self.stored or DenseFormat(get_scheme(self.options.scheme or "bf16"))
 
     @classmethod
     def get_name(cls) -> str:
@@ -66,14 +75,14 @@ class Sparse24Config(QuantizationConfig):
             FormatError: it is one of ours and wrong.
             UnsupportedError: it is none of the formats we read.
         """
-        fmt = detect(config)
-        if fmt is None:
+        stored = detect(config)
+        if stored is None:
             method = config.get("quant_method")
             raise UnsupportedError(
                 f"--quantization {METHOD}: the checkpoint's quantization_config (quant_method {method!r}, format "
                 f"{config.get('format')!r}) is none of the 2:4 formats this version reads"
             )
-        return cls(fmt)
+        return cls(stored, stock_config(config))
 
     @classmethod
     def override_quantization_method(
@@ -83,38 +92,54 @@ class Sparse24Config(QuantizationConfig):
         if user_quant == METHOD:
             return METHOD
         try:
-            own_method = hf_quant_cfg.get("quant_method")
-            if user_quant not in (None, own_method) or detect_kind(hf_quant_cfg) is None:
-                return None
+            kind = next((kind for kind in FORMATS if kind.matches(hf_quant_cfg)), None)
+            if user_quant in (None, hf_quant_cfg.get("quant_method")) and kind is not None:
+                return METHOD if kind.claims(hf_quant_cfg) else None
         except Exception:  # called for every quantized model there is, also for those with odd configs
             return None
-        return METHOD
+        return None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the modules that the format's config lists, from the checkpoint's names to vLLM's."""
-        fmt = self.format
-        if is_dataclass(fmt) and any(field.name == "ignore" for field in fields(fmt)):
-            names = hf_to_vllm_mapper.apply_list(list(fmt.ignore))  # type: ignore[attr-defined]
-            self.format = replace(fmt, ignore=tuple(names))  # type: ignore[type-var, call-arg, assignment]
+        """Rename the modules that the checkpoint's config lists, from the checkpoint's names to vLLM's."""
+        stored = self.stored
+        if is_dataclass(stored) and any(field.name == "ignore" for field in fields(stored)):
+            names = hf_to_vllm_mapper.apply_list(list(stored.ignore))  # type: ignore[attr-defined]
+            self.stored = replace(stored, ignore=tuple(names))  # type: ignore[type-var, call-arg, assignment]
+        if self.stock is not None:
+            self.stock.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_cache_scale_mapper(self) -> Any:
+        """Return vLLM's renaming of tensors, and the names that the checkpoint's format has others for."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        renamed = {} if self.stored is None else dict(self.stored.renamed)
+        return WeightsMapper(orig_to_new_suffix=renamed) | QuantizationConfig.get_cache_scale_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Return the method of a linear layer; None for anything else, which vLLM then serves as it always does."""
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        """Return the method of a linear layer; anything else is left to vLLM."""
+        from vllm.model_executor.layers.linear import LinearBase
 
-        from vllm_sparse.plugin.linear import Sparse24LinearMethod, Sparse24OnlineLinearMethod
+        from vllm_sparse.plugin.linear import Sparse24DetectedLinearMethod, Sparse24LinearMethod
 
+        if self.stock is not None:
+            self.stock.packed_modules_mapping = self.packed_modules_mapping
         if not isinstance(layer, LinearBase):
-            return None
+            return None if self.stock is None else self.stock.get_quant_method(layer, prefix)
         module = prefix or type(layer).__name__
-        _ = self.options  # wrong options are an error whatever the layers are
+        fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
         warn_if_untested()
-        if self.format is None:
-            return Sparse24OnlineLinearMethod(self, module)
-        found = self._stored_as(module, self.format)
+        found = self._stored_as(module, fmt)
         if found is None:
             self.report.ignored(module)
-            return UnquantizedLinearMethod()
-        return Sparse24LinearMethod(self, module, self.format, *found)
+            return self.stock_method(layer, prefix)
+        kind = Sparse24LinearMethod if fmt.promises_sparse else Sparse24DetectedLinearMethod
+        return kind(self, module, *found)
+
+    def stock_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method that vLLM itself has for a linear layer that is not 2:4."""
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        return UnquantizedLinearMethod() if self.stock is None else self.stock.get_quant_method(layer, prefix)
 
     def _stored_as(self, module: str, fmt: Format) -> tuple[str, Scheme] | None:
         """Return a checkpoint's name for ``module`` and its scheme, or None if it is stored dense.
@@ -141,6 +166,11 @@ def fused_names(module: str, packed_modules_mapping: Mapping[str, list[str]]) ->
     return [f"{parent}{dot}{part}" for part in packed_modules_mapping.get(name, [name])]
 
 
-def detect_kind(config: Mapping[str, Any]) -> type[Format] | None:
-    """Return the kind of format ``config`` says it is, without reading the rest of it."""
-    return next((kind for kind in FORMATS if kind.matches(config)), None)
+def stock_config(config: Mapping[str, Any]) -> QuantizationConfig | None:
+    """Return vLLM's own config for the checkpoint, its sparsity left out; None if vLLM has none."""
+    if config.get("quant_method") != "compressed-tensors" or config.get("format") == "marlin-24":
+        return None
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    cleaned = deepcopy({key: value for key, value in config.items() if key != "sparsity_config"})
+    return get_quantization_config("compressed-tensors").from_config(cleaned)
