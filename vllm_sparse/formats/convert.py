@@ -42,6 +42,21 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def format_of(checkpoint: Checkpoint) -> Format:
+    """Return the format of ``checkpoint``; raise FormatError naming its config if it is none of ours, or wrong."""
+    found, file = quantization_config(checkpoint.config), checkpoint.path / "config.json"
+    try:
+        form = detect(found)
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from error
+    if form is None:
+        raise FormatError(
+            f"{file}: quant_method {found.get('quant_method')!r}, format {found.get('format')!r} is none of the "
+            f"formats that can be converted"
+        )
+    return form
+
+
 def layers_of(checkpoint: Checkpoint, form: Format) -> dict[str, dict[str, str]]:
     """Return the names of a checkpoint's tensors by module and by last part, as ``form`` calls it."""
     modules: dict[str, dict[str, str]] = {}
@@ -262,13 +277,7 @@ def convert(source: str | Path, out: str | Path, to: str = "sparse24", force: bo
     if Path(source).resolve() == Path(out).resolve():
         raise OutputError(f"{out}: is the source; choose another output directory")
     with Checkpoint(source) as checkpoint:
-        form = detect(quantization_config(checkpoint.config))
-        if form is None:
-            found = quantization_config(checkpoint.config)
-            raise FormatError(
-                f"{checkpoint.path / 'config.json'}: quant_method {found.get('quant_method')!r}, format "
-                f"{found.get('format')!r} is none of the formats that can be converted"
-            )
+        form = format_of(checkpoint)
         with CheckpointWriter(out, force, _SHARD_BYTES) as writer:
             for file in checkpoint.other_files():
                 if file.name not in _NOT_COPIED:
