@@ -107,11 +107,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Raise UnsupportedError if this rank's share is not one the format can be cut into."""
         fmt = self.format
         for what, size, multiple in [("output", n, fmt.shard_n) for n in self.parts] + [("input", self.k, fmt.shard_k)]:
-            full = self.full_n if what == "output" else self.full_k
             if size % multiple and self._is_split():
                 raise UnsupportedError(
-                    f"{self.module}: tensor parallelism leaves {size} of {full} {what} features to a rank, which is "
-                    f"not a multiple of {multiple} as the {fmt.name} format needs; use a smaller tensor parallel size"
+                    f"{self.module}: tensor parallelism cuts a [{self.full_n}, {self.full_k}] layer so that a rank "
+                    f"gets {size} {what} features of a part, which is not a multiple of {multiple} as the {fmt.name} "
+                    f"format needs; use a smaller tensor parallel size"
                 )
 
     def _is_split(self) -> bool:
@@ -124,8 +124,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             if not self._is_split():
                 raise
             raise UnsupportedError(
-                f"{self.module}: tensor parallelism leaves {sum(self.parts)} of {self.full_n} output and {self.k} of "
-                f"{self.full_k} input features to a rank: {error}; use a smaller tensor parallel size"
+                f"{self.module}: tensor parallelism cuts a [{self.full_n}, {self.full_k}] layer so that a rank gets "
+                f"[{sum(self.parts)}, {self.k}]: {error}; use a smaller tensor parallel size"
             ) from error
 
     def _storage_dtype(self) -> torch.dtype:
