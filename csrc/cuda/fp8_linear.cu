@@ -8,17 +8,18 @@
 namespace vllm_sparse::fp8 {
 namespace {
 
-using Kernel = void (*)(CUtensorMap, KernelArguments);
+using Kernel = void (*)(CUtensorMap, CUtensorMap, KernelArguments);
 
 struct Configuration {
     int tokens, warpgroups, bricks, cluster, split;
     int threads, shared_bytes;
+    bool stores_tiles;
     Kernel kernel;
 };
 
 template <typename T>
 constexpr Configuration row() {
-    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, linear_kernel<T>};
+    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, T::STORES_TILES, linear_kernel<T>};
 }
 
 //         tokens warpgroups bricks stages cluster split
@@ -29,22 +30,23 @@ const Configuration kConfigurations[] = {
     row<Tile<16, 1, 2, 7, 1, 2>>(),
     row<Tile<16, 1, 2, 12, 1, 2>>(),
     row<Tile<32, 1, 2, 5, 1, 2>>(),
+    row<Tile<32, 1, 2, 9, 1, 2>>(),
     row<Tile<32, 2, 1, 6, 1, 2>>(),
-    row<Tile<32, 2, 1, 6, 2, 2>>(),
     row<Tile<64, 1, 1, 6, 1, 2>>(),
-    row<Tile<64, 1, 1, 6, 2, 2>>(),
+    row<Tile<64, 1, 1, 14, 1, 2>>(),
+    row<Tile<64, 1, 2, 7, 1, 2>>(),
+    row<Tile<64, 2, 1, 10, 2, 1>>(),
+    row<Tile<64, 2, 1, 10, 1, 2>>(),
     row<Tile<64, 2, 1, 10, 2, 2>>(),
-    row<Tile<64, 2, 1, 4, 2, 2>>(),
-    row<Tile<64, 2, 1, 10, 4, 1>>(),
-    row<Tile<128, 1, 1, 8, 2, 2>>(),
+    row<Tile<96, 1, 1, 11, 1, 2>>(),
+    row<Tile<96, 2, 1, 8, 2, 1>>(),
+    row<Tile<128, 1, 1, 9, 1, 2>>(),
     row<Tile<128, 2, 1, 6, 1, 2>>(),
     row<Tile<128, 2, 1, 8, 2, 1>>(),
-    row<Tile<128, 2, 1, 6, 2, 2>>(),
-    row<Tile<128, 2, 1, 8, 4, 1>>(),
+    row<Tile<192, 2, 1, 4, 1, 2>>(),
+    row<Tile<192, 2, 1, 6, 2, 1>>(),
     row<Tile<256, 2, 1, 5, 2, 1>>(),
     row<Tile<256, 2, 1, 5, 4, 1>>(),
-    row<Tile<256, 1, 1, 4, 2, 2>>(),
-    row<Tile<256, 1, 1, 5, 4, 1>>(),
 };
 constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
 
@@ -129,6 +131,25 @@ class DeviceGuard {
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// `bricks` of 128 columns per copy, as planes of the map; 0 where k ends inside a plane: only a flat map fills that with zeros.
+bool map_x(const LinearArguments& a, int rows, int bricks, CUtensorMap* map) {
+    const cuuint64_t sizes[3] = {cuuint64_t(bricks ? kBrickColumns : a.k), cuuint64_t(a.m), cuuint64_t(bricks ? a.k / kBrickColumns : 1)};
+    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
+    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(rows), cuuint32_t(bricks ? bricks : 1)};
+    const cuuint32_t steps[3] = {1, 1, 1};
+    return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool map_out(const LinearArguments& a, CUtensorMap* map) {
+    const cuuint64_t sizes[2] = {cuuint64_t(a.n), cuuint64_t(a.m)};
+    const cuuint64_t strides[1] = {cuuint64_t(a.n) * 2};
+    const cuuint32_t box[2] = {64, 16}, steps[2] = {1, 1};
+    return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.out, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace
 
 int configuration_count() { return kCount; }
@@ -156,23 +177,13 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     if (configuration < 0) configuration = choose_configuration(a.m, a.n, a.k, device->multiprocessors);
     const Configuration& c = kConfigurations[configuration];
 
+    if (encode_tiled() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
     KernelArguments args;
-    CUtensorMap map;
-    const EncodeTiled encode = encode_tiled();
-    if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
-    // Planes of 128 columns let one copy fetch a stage; where k ends inside a plane, only the flat map fills with zeros.
-    const bool planes = a.k % kBrickColumns == 0;
-    const cuuint64_t sizes[3] = {cuuint64_t(planes ? kBrickColumns : a.k), cuuint64_t(a.m), cuuint64_t(planes ? a.k / kBrickColumns : 1)};
-    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
     args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
-    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(args.x_rows), cuuint32_t(planes ? c.bricks : 1)};
-    const cuuint32_t steps[3] = {1, 1, 1};
-    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-        return "the driver refused the tensor map of x";
-    }
-
+    args.x_planes = a.k % kBrickColumns == 0;
+    CUtensorMap x_map, out_map = {};
+    if (!map_x(a, args.x_rows, args.x_planes ? c.bricks : 0, &x_map)) return "the driver refused the tensor map of x";
+    if (c.stores_tiles && !map_out(a, &out_map)) return "the driver refused the tensor map of the output";
     args.weight = static_cast<const uint8_t*>(a.weight);
     args.weight_scale = a.weight_scale;
     args.x_scale = a.x_scale;
@@ -181,7 +192,6 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.out = a.out;
     args.m = a.m;
     args.n = a.n;
-    args.x_planes = planes;
     args.half_out = a.half_out;
     args.column_tiles = ceil_div(a.k, kColumnPadding) * (kColumnPadding / kBrickColumns) / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
@@ -205,7 +215,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.attrs = attributes;
     config.numAttrs = programmatic ? 2 : 1;
-    return text(cudaLaunchKernelEx(&config, c.kernel, map, args));
+    return text(cudaLaunchKernelEx(&config, c.kernel, x_map, out_map, args));
 }
 
 }  // namespace vllm_sparse::fp8

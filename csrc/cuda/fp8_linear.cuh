@@ -53,12 +53,17 @@ struct Tile {
     static constexpr int OWNERS = SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
     static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
-    static constexpr int STAGED_TOKENS = OUT_TOKENS < 32 ? OUT_TOKENS : 32;  // on their way out, per warp
-    static constexpr int OUT_PITCH = 48;                                     // 16 features of 2 bytes, padded off the banks
+    // Large tiles leave through the copy engine (three buffers of 16 tokens x 64 features per warpgroup): ordinary stores would
+    // block the next tile's loads behind them. Small ones leave by ordinary stores (per warp 16 features, padded off the banks),
+    // which are sooner there.
+    static constexpr bool STORES_TILES = TOKENS == 256 && SPLIT == 1;
+    static constexpr int STAGED_TOKENS = STORES_TILES || OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
+    static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
+    static constexpr int OUT_BUFFERS = STORES_TILES ? 3 : 4;  // one per warp
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
     static constexpr int SCALE_BYTES = OUT_TOKENS * 4 + 64 * 4 + 64 * 2;
     static constexpr int SHARED_BYTES =
-        1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + WARPGROUPS * (4 * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
+        1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + WARPGROUPS * (OUT_BUFFERS * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
 
     // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
@@ -119,16 +124,31 @@ struct Scales {
     }
 };
 
-// Scales, adds the bias, converts, and transposes each warp's 16 features x OUT_TOKENS through its own shared memory.
+// One thread's way from accumulators to output values: its two features (8 apart) of a warp's 16.
 template <typename T, typename Out>
-__device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int warpgroup, int thread, uint8_t* staging,
-                          const Scales<T>& scales, const float (&d)[T::ACCUMULATORS]) {
+struct Converter {
+    const float* token_scales;
+    float scale_low, scale_high, bias_low, bias_high;
+
+    __device__ Converter(const Scales<T>& scales, int warp, int lane) : token_scales(scales.tokens + 2 * (lane % 4)) {
+        const int row = warp * 16 + lane / 4;
+        scale_low = scales.features[row], scale_high = scales.features[row + 8];
+        bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
+    }
+    // Writes eight tokens from `token` on, each as two runs of 8 features; lane i of 0..15 has the address of one run.
+    __device__ void store(uint32_t address, int token, const float (&d)[T::ACCUMULATORS]) const {
+        const float2 s = *reinterpret_cast<const float2*>(token_scales + token);
+        const float* v = d + token / 2;
+        ptx::store_matrix_transposed(address, Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
+                                     Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
+    }
+};
+
+// One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
+template <typename T, typename Out>
+__device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int thread, uint8_t* staging,
+                          const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
     const int warp = thread / 32, lane = thread % 32;
-    ptx::copy_async_wait();
-    ptx::sync_warpgroup(1 + warpgroup);
-    const int row = warp * 16 + lane / 4;
-    const float scale_low = scales.features[row], scale_high = scales.features[row + 8];
-    const float bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
     staging += warp * T::OUT_BYTES;
     const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + (lane / 8 % 2) * 16;
     const uint8_t* const load_address = staging + (lane / 2) * T::OUT_PITCH + (lane % 2) * 16;
@@ -139,11 +159,7 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
     for (int chunk = 0; chunk < T::OUT_TOKENS; chunk += T::STAGED_TOKENS) {
 #pragma unroll
         for (int block = 0; block < T::STAGED_TOKENS; block += 8) {
-            const float2 s = *reinterpret_cast<const float2*>(scales.tokens + chunk + block + 2 * (lane % 4));
-            const float* v = d + (chunk + block) / 2;
-            ptx::store_matrix_transposed(store_address + block * T::OUT_PITCH,
-                                         Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
-                                         Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
+            converter.store(store_address + block * T::OUT_PITCH, chunk + block, d);
         }
         __syncwarp();
 #pragma unroll
@@ -154,6 +170,30 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
             }
         }
         __syncwarp();
+    }
+}
+
+// The same through the copy engine, whose swizzle keeps the transposing writes off each other's banks. Thread 0 must have waited
+// for the previous tile's stores to be read.
+template <typename T, typename Out>
+__device__ void store_out(const CUtensorMap* out_map, int feature_begin, int token_begin, int warpgroup, int thread, uint8_t* staging,
+                          const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
+    const int warp = thread / 32, lane = thread % 32;
+    const uint32_t base = ptx::shared_address(staging);
+    const uint32_t store_address = base + (lane % 8) * T::OUT_PITCH + (((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16);
+#pragma unroll
+    for (int chunk = 0; chunk < T::OUT_TOKENS; chunk += T::STAGED_TOKENS) {
+        const uint32_t buffer = chunk / T::STAGED_TOKENS % T::OUT_BUFFERS * T::OUT_BYTES;
+#pragma unroll
+        for (int block = 0; block < T::STAGED_TOKENS; block += 8) {
+            converter.store(store_address + buffer + block * T::OUT_PITCH, chunk + block, d);
+        }
+        ptx::copy_engine_fence();
+        ptx::sync_warpgroup(1 + warpgroup);
+        if (thread == 0) {
+            ptx::store_tile(out_map, feature_begin, token_begin + chunk, base + buffer);
+            ptx::store_wait_read<T::OUT_BUFFERS - 2>();  // the buffer after the next one is free
+        }
     }
 }
 
@@ -225,12 +265,13 @@ struct Exchange {
 
 template <typename T>
 __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
-    linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ KernelArguments args) {
+    linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap out_map,
+                  const __grid_constant__ KernelArguments args) {
     extern __shared__ uint8_t shared_raw[];
     uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
     uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
-    uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;
-    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + 4 * T::WARPGROUPS * T::OUT_BYTES);
+    uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
+    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + T::OUT_BUFFERS * T::WARPGROUPS * T::OUT_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
     const uint32_t full = ptx::shared_address(scales + T::WARPGROUPS), empty = full + T::STAGES * 8;
     const uint32_t exchange_barriers = empty + T::STAGES * 8;
@@ -360,6 +401,14 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + stage * 8, split_rank * T::CLUSTER + lane);
             }
         };
+        const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {
+            uint8_t* const buffers = staging + T::OUT_BUFFERS * warpgroup * T::OUT_BYTES;
+            if constexpr (T::STORES_TILES) {
+                store_out(&out_map, feature_begin, token_begin, warpgroup, thread, buffers, converter, d);
+            } else {
+                write_out(args, feature_begin, token_begin, thread, buffers, converter, d);
+            }
+        };
         for (int tile = worker; tile < args.tiles; tile += workers) {
             const int feature_begin = feature_tile(tile, warpgroup) * 64;
             const int token_begin = first_token(tile) + split_rank * T::OUT_TOKENS;
@@ -406,14 +455,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
 
             if constexpr (T::SPLIT > 1) exchange.reduce(warpgroup * 128 + thread, d);
             if (stores) {
-                uint8_t* const buffer = staging + 4 * warpgroup * T::OUT_BYTES;
+                ptx::copy_async_wait();
+                if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
+                ptx::sync_warpgroup(1 + warpgroup);
                 if (args.half_out) {
-                    write_out<T, Float16>(args, feature_begin, token_begin, warpgroup, thread, buffer, scales[warpgroup], d);
+                    finish(Converter<T, Float16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
                 } else {
-                    write_out<T, BFloat16>(args, feature_begin, token_begin, warpgroup, thread, buffer, scales[warpgroup], d);
+                    finish(Converter<T, BFloat16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
                 }
             }
         }
+        if constexpr (T::STORES_TILES) ptx::store_wait_read<0>();
         if constexpr (T::SPLIT > 1) exchange.wait_until_drained();  // as above: the last arrivals from others
     }
 }

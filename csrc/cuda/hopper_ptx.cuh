@@ -103,6 +103,24 @@ __device__ __forceinline__ void copy_tile_multicast(uint32_t destination, const 
         : "memory");
 }
 
+// Shared memory to a tile of global memory; what lies outside the map is dropped. Counts as one group of this thread.
+__device__ __forceinline__ void store_tile(const CUtensorMap* map, int column, int row, uint32_t source) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+        "cp.async.bulk.commit_group;" ::"l"(map),
+        "r"(column), "r"(row), "r"(source)
+        : "memory");
+}
+
+// Returns once at most PENDING of this thread's groups have still to read shared memory.
+template <int PENDING>
+__device__ __forceinline__ void store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
+// Makes this thread's ordinary writes to shared memory visible to the copy engine.
+__device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
