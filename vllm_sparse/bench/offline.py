@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vllm_sparse.bench.store import Row
 from vllm_sparse.bench.targets import Target
 from vllm_sparse.bench.use_cases import UseCase
 
-ENGINE = "vllm_sparse.bench.engine"
+ENGINE = (sys.executable, "-m", "vllm_sparse.bench.engine")
 _WARM_UP_TOKENS = 16
 _SECONDS = 1800.0  # that one batch may take
 
@@ -57,8 +58,8 @@ class Engine:
     def __init__(self, target: Target, settings: Settings, log: Path) -> None:
         self._settings = settings
         self._warm: set[tuple[str, str]] = set()
-        arguments = ["--model", target.source, *settings.arguments(target)]
-        self.worker = Worker(target.label, ENGINE, arguments, log)
+        command = [*ENGINE, "--model", target.source, *settings.arguments(target)]
+        self.worker = Worker(target.label, command, log)
 
     def wait(self) -> dict[str, Any]:
         """Wait until it is loaded; return seconds of loading, bytes of weights and tokens of KV cache."""

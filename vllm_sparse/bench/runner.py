@@ -181,7 +181,7 @@ class Runner:
 
     def _sweep_server(self, server: Server, target: Target, walk: int) -> None:
         if self._client is None:
-            self._client = Worker("vllm bench serve", CLIENT, [], self._logs / "client.log")
+            self._client = Worker("vllm bench serve", CLIENT, self._logs / "client.log")
             self._client.wait_ready(self._settings.startup_seconds)
         for case in self._settings.batch_cases:
             for point in self._sweep.points(target.label, case, walk):
