@@ -9,18 +9,20 @@ MODEL ?=
 DEMO_OUT ?= demo-out
 
 BIN := $(VENV)/bin
+# Most of what is installed is never imported, so it is compiled when it is.
+PIP := $(BIN)/pip install -q --no-compile
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
 .PHONY: venv demo test lint format clean
-venv: $(VENV)/.built
+venv: $(VENV)/.dev
 
-$(VENV)/.installed: requirements/build.txt requirements/$(DEVICE).txt requirements/dev.txt
+$(VENV)/.installed: requirements/build.txt requirements/$(DEVICE).txt
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(DEVICE),cpu)
-	$(BIN)/pip install -q torch==2.13.0+cpu || $(BIN)/pip install -q torch==2.13.0+cpu --extra-index-url $(TORCH_INDEX)
+	$(PIP) torch==2.13.0+cpu || $(PIP) torch==2.13.0+cpu --extra-index-url $(TORCH_INDEX)
 endif
-	$(BIN)/pip install -q -r requirements/build.txt -r requirements/$(DEVICE).txt -r requirements/dev.txt
+	$(PIP) -r requirements/build.txt -r requirements/$(DEVICE).txt
 ifeq ($(DEVICE),cpu)
 	# Not needed for text, and their CUDA builds beside a CPU torch break `import transformers`.
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
@@ -31,19 +33,23 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
+$(VENV)/.dev: $(VENV)/.built requirements/dev.txt
+	$(PIP) -r requirements/dev.txt
+	touch $@
+
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT) $(if $(MODEL),--model $(MODEL))
 
 test: lint
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.built
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh)
 
-format: $(VENV)/.built
+format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh)

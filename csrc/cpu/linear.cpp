@@ -67,7 +67,7 @@ class Pass {
         const int format = static_cast<int>(weight.format);
         multiply_ = tier.multiply[format];
         const bool bf16_values = input.dtype == Dtype::bf16 || input.quantize == Quantize::fp8;
-        if (weight.format == Format::int8) {
+        if (takes_int8(weight.format)) {
             activation_ = Activation::int8;
         } else if (bf16_values && tier.multiply_bf16 && tier.multiply_bf16[format][0]) {
             activation_ = Activation::bf16;
@@ -192,7 +192,8 @@ class Pass {
     void finish(std::int64_t stripe, const std::uint8_t* sums) const {
         const std::int64_t channel = stripe * kChannels;
         FinishRow f{};
-        f.weight_sums = weight_.sums ? weight_.sums + channel : nullptr;
+        if (weight_.sums) f.weight_sums = static_cast<const std::uint8_t*>(weight_.sums) + channel * 4;
+        f.integer = weight_.format == Format::int8;
         f.channel_scales = weight_.channel_scales ? weight_.channel_scales + channel : nullptr;
         if (output_.bias)
             f.bias = static_cast<const std::uint8_t*>(output_.bias) + channel * dtype_bytes(output_.dtype);
@@ -202,6 +203,7 @@ class Pass {
         for (std::int64_t i = 0; i < input_.m; ++i) {
             f.sums = sums + i * kChannels * sizeof(float);
             f.row_scale = input_.quantize == Quantize::none ? 1.0f : scales_[i];
+            if (weight_.format == Format::w4a8) f.row_scale /= 16;
             f.y = static_cast<std::uint8_t*>(output_.y) + (i * weight_.n + channel) * dtype_bytes(output_.dtype);
             tier_.finish(f);
         }

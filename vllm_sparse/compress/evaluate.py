@@ -1,0 +1,74 @@
+"""How good a checkpoint is: its negative log likelihood on given tokens, in plain torch and float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vllm_sparse.compress.grid import round_codes
+from vllm_sparse.errors import FormatError
+from vllm_sparse.formats import detect
+from vllm_sparse.formats.checkpoint import Checkpoint
+from vllm_sparse.scheme import Scheme
+
+
+def load_dense(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """Return the model in ``path``, dense or in a format of ours, with dequantized float32 weights.
+
+    Layers of a scheme that quantizes activations round their inputs as the kernels do, one scale per token.
+
+    Raises:
+        FormatError: the checkpoint is broken or in another format.
+    """
+    checkpoint = Checkpoint(path)
+    config = AutoConfig.from_pretrained(path)
+    quantization = checkpoint.config.get("quantization_config")
+    form = detect(quantization) if quantization else None
+    if quantization and form is None:
+        raise FormatError(f"{path}: quantization method {quantization.get('quant_method')!r} cannot be evaluated here")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    state: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        own = {key.rpartition(".")[2]: key for key in checkpoint.tensors if key.rpartition(".")[0] == name}
+        scheme = form.scheme_of(name) if form is not None and isinstance(module, nn.Linear) else None
+        if form is not None and scheme is not None and own:
+            tensors = {last: checkpoint.load(key) for last, key in own.items()}
+            state[f"{name}.weight"] = form.to_weight(name, tensors, [module.out_features]).to_dense()
+            own = {last: key for last, key in own.items() if last == "bias"}
+            if scheme.activation is not None:
+                module.register_forward_pre_hook(_round_input(scheme))
+        state |= {f"{name}.{last}" if name else last: checkpoint.load(key).float() for last, key in own.items()}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    head = model.get_output_embeddings()
+    for name in missing:
+        if not (config.tie_word_embeddings and model.get_submodule(name.rpartition(".")[0]) is head):
+            raise FormatError(f"{path}: there is no tensor {name}, which the model needs")
+    return model.to(device)
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: nn.Module, tokens: Tensor, batch: int = 4) -> Tensor:
+    """Return the mean negative log likelihood per predicted token of every row of ``tokens`` ``[rows, length]``."""
+    device = next(model.parameters()).device
+    rows = []
+    for ids in tokens.to(device).split(batch):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        rows.append(nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").mean(1))
+    return torch.cat(rows).double().cpu()
+
+
+def _round_input(scheme: Scheme) -> Any:
+    """Return a hook that rounds each token's input to ``scheme.activation`` codes times one scale, as at run time."""
+    largest = 448.0 if scheme.activation == torch.float8_e4m3fn else 127.0
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
+        return (round_codes(args[0] / scale, scheme) * scale,)
+
+    return hook
