@@ -25,6 +25,7 @@ struct W4A16Problem {
     int m, n, k;                 // n % 16 == 0, k % 32 == 0
     int group_size;              // 32, 64, 128, or -1 with channel_scale
     bool bf16;                   // activations and scales are bfloat16, else float16
+    int slices = 0;              // wgmma: blocks that share a tile's columns, 1 ... 8; 0: chosen by size
 };
 
 enum class W4A16Kernel : int {

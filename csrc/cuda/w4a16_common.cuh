@@ -35,13 +35,13 @@ struct Params {
     int steps;        // steps along k
     int token_tiles;  // tiles along m; consecutive tiles share their weights through L2
     int tiles;        // row tiles * token_tiles
+    int slices;       // Sliced: how many blocks (one cluster) share the steps of a tile
 };
 
-// Every block takes an equal, contiguous share of the tiles' steps (Stream-K). A tile cut by a share's edge is summed
-// by the last block to finish its part, always in block order, so that the result does not depend on timing.
-struct Share {
-    int begin, end;
-};
+// A block's work: for each of its tiles the steps [begin, end).
+//
+// Stream-K: every block takes an equal, contiguous share of all tiles' steps. A tile cut by a share's edge is summed by
+// the last block to finish its part, always in block order, so that the result does not depend on timing.
 
 __device__ __forceinline__ int share_begin(int block, const Params& p) {
     return static_cast<int>(static_cast<int64_t>(block) * p.tiles * p.steps / gridDim.x);
@@ -51,8 +51,40 @@ __device__ __forceinline__ int share_of(int step, const Params& p) {
     return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) / (static_cast<int64_t>(p.tiles) * p.steps));
 }
 
-// Follows the packed weights and the tokens of consecutive steps. Divides only where a tile begins: the one thread that
-// issues the copies has little time per step.
+struct StreamK {
+    int tile, begin, end, left;
+
+    __device__ __forceinline__ explicit StreamK(const Params& p) {
+        const int step = share_begin(blockIdx.x, p);
+        left = share_begin(blockIdx.x + 1, p) - step;
+        tile = step / p.steps;
+        begin = step - tile * p.steps;
+        end = min(p.steps, begin + left);
+    }
+    __device__ __forceinline__ bool valid(const Params&) const { return left > 0; }
+    __device__ __forceinline__ void next(const Params& p) {
+        left -= end - begin;
+        ++tile;
+        begin = 0;
+        end = min(p.steps, left);
+    }
+};
+
+// Sliced: the blocks of a cluster share a tile, each a slice of its steps, and add up through each other's shared memory.
+struct Sliced {
+    int tile, begin, end;
+
+    __device__ __forceinline__ explicit Sliced(const Params& p) {
+        tile = blockIdx.x / p.slices;
+        const int rank = blockIdx.x - tile * p.slices;
+        begin = rank * p.steps / p.slices;
+        end = (rank + 1) * p.steps / p.slices;
+    }
+    __device__ __forceinline__ bool valid(const Params& p) const { return tile < p.tiles; }
+    __device__ __forceinline__ void next(const Params& p) { tile += gridDim.x / p.slices; }
+};
+
+// Follows the packed weights and the tokens of consecutive steps of one tile.
 template <int kGroups, int kBlocks, int kTokens>
 struct Walk {
     const uint8_t* weight;  // kBlocks row blocks (fewer at the last rows) of this step: contiguous, since panels hold whole tiles
@@ -61,26 +93,22 @@ struct Walk {
     int column;  // first column
     int token;   // first token
 
-    __device__ __forceinline__ Walk(const Params& p, int step) { start(p, step); }
-
-    __device__ __forceinline__ void start(const Params& p, int step) {
-        const int tile = step / p.steps, step_in_tile = step - tile * p.steps;
+    __device__ __forceinline__ Walk(const Params& p, int tile, int step) {
         const int row_tile = tile / p.token_tiles;
         const int total = p.n / kRowBlock, first = row_tile * kBlocks;
         const int panel = first / kPanelBlocks * kPanelBlocks;
         const int panel_blocks = min(kPanelBlocks, total - panel);
-        const int64_t block = static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step_in_tile) * panel_blocks + (first - panel);
+        const int64_t block = static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step) * panel_blocks + (first - panel);
         weight = p.weight + block * kBlockBytes<kGroups>;
         stride = static_cast<int64_t>(panel_blocks) * kBlockBytes<kGroups>;
         bytes = min(kBlocks, total - first) * kBlockBytes<kGroups>;
-        column = step_in_tile * kStep;
+        column = step * kStep;
         token = (tile - row_tile * p.token_tiles) * kTokens;
     }
 
-    __device__ __forceinline__ void next(const Params& p, int step) {
+    __device__ __forceinline__ void next() {
         weight += stride;
         column += kStep;
-        if (column >= p.k) start(p, step);
     }
 };
 
@@ -165,6 +193,8 @@ __device__ __forceinline__ void consumer_barrier() {
     asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
+constexpr int kProducers = 3;  // threads that copy, on sm_90 and later
+
 // The shared memory of a block: kStages token tiles, kStages weight slices, the barriers, one word for finish_tile.
 template <int kTokenBytes_, int kWeightBytes_, int kStages_>
 struct Shared {
@@ -232,51 +262,42 @@ __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontr
 
 template <typename S>
 __device__ __forceinline__ void init_barriers(uint32_t shared, int consumer_warps) {
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < S::kStages; ++stage) {
-            barrier_init(shared + S::kFull + 8 * stage, 1);
-            barrier_init(shared + S::kEmpty + 8 * stage, consumer_warps);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (int stage = 0; stage < S::kStages; ++stage) {
+        barrier_init(shared + S::kFull + 8 * stage, 1);
+        barrier_init(shared + S::kEmpty + 8 * stage, consumer_warps);
     }
-    __syncthreads();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// One thread copies what the block's share needs, as stages become free. Weights do not depend on the previous kernel,
-// so the first of them are asked for before waiting for it.
-template <typename S, int kGroups, int kBlocks, int kTokens>
-__device__ __forceinline__ void produce(const Params& p, const CUtensorMap* token_map, Share share, uint32_t shared) {
-    const uint64_t keep = evict_last(), stream = p.token_tiles > 1 ? keep : evict_first();
-    using W = Walk<kGroups, kBlocks, kTokens>;
-    const auto copy_weights = [&](const W& walk, int stage) {
-        const uint32_t full = shared + S::kFull + 8 * stage;
-        barrier_expect(full, walk.bytes + S::kTokenBytes);
-        bulk_copy(shared + S::kWeights + stage * S::kWeightBytes, walk.weight, walk.bytes, full, stream);
-    };
-    const auto copy_tokens = [&](const W& walk, int stage) {
-        const uint32_t full = shared + S::kFull + 8 * stage, to = shared + stage * S::kTokenBytes;
-        tensor_copy(to, token_map, walk.column, walk.token, full, keep);
-        tensor_copy(to + S::kTokenBytes / 2, token_map, walk.column + kStep / 2, walk.token, full, keep);
-    };
-    const int ahead = min(S::kStages, share.end - share.begin);
-    W walk(p, share.begin), first = walk;
-    for (int i = 0; i < ahead; ++i) {
-        copy_weights(walk, i);
-        walk.next(p, share.begin + i + 1);
+// Copy what the block's work needs, as stages become free: producer 0 the weights, 1 and 2 the halves of the tokens, since
+// one thread issuing all three is slower than the memory. `after_tile` runs when a tile's copies are issued. Weights do not
+// depend on the previous kernel, so the first of them are asked for before waiting for it.
+template <typename S, typename Work, int kGroups, int kBlocks, int kTokens, typename AfterTile>
+__device__ __forceinline__ void produce(const Params& p, const CUtensorMap* token_map, uint32_t shared, int producer,
+                                        AfterTile after_tile) {
+    const uint64_t policy = producer > 0 || p.token_tiles > 1 ? evict_last() : evict_first();
+    if (producer > 0) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(token_map) : "memory");
+        wait_for_previous();
     }
-    wait_for_previous();
-    for (int i = 0; i < ahead; ++i) {
-        copy_tokens(first, i);
-        first.next(p, share.begin + i + 1);
-    }
-    uint32_t parity = 0;
+    const int half = producer - 1;
     int stage = 0;
-    for (int step = share.begin + ahead; step < share.end; ++step) {
-        barrier_wait(shared + S::kEmpty + 8 * stage, parity);
-        copy_weights(walk, stage);
-        copy_tokens(walk, stage);
-        walk.next(p, step + 1);
-        if (++stage == S::kStages) stage = 0, parity ^= 1;
+    uint32_t parity = 1;  // nobody waits for a stage's first use
+    for (Work work(p); work.valid(p); work.next(p)) {
+        Walk<kGroups, kBlocks, kTokens> walk(p, work.tile, work.begin);
+        for (int step = work.begin; step < work.end; ++step, walk.next()) {
+            barrier_wait(shared + S::kEmpty + 8 * stage, parity);
+            const uint32_t full = shared + S::kFull + 8 * stage;
+            if (producer == 0) {
+                barrier_expect(full, walk.bytes + S::kTokenBytes);
+                bulk_copy(shared + S::kWeights + stage * S::kWeightBytes, walk.weight, walk.bytes, full, policy);
+            } else {
+                tensor_copy(shared + stage * S::kTokenBytes + half * (S::kTokenBytes / 2), token_map,
+                            walk.column + half * (kStep / 2), walk.token, full, policy);
+            }
+            if (++stage == S::kStages) stage = 0, parity ^= 1;
+        }
+        after_tile();
     }
 }
 #endif
@@ -294,33 +315,44 @@ struct Rows {
     int first, stride;
 };
 
-// acc[i][j] holds rows g, g + 8 (lane / 4) and tokens 2 t, 2 t + 1 (lane % 4) of an MMA tile.
+// One MMA tile of 16 rows from `row` and 8 tokens from `token0`: c holds rows g, g + 8 (lane / 4) of tokens 2 t, 2 t + 1.
+template <typename T>
+__device__ __forceinline__ void store_unit(const Params& p, const float (&c)[4], int row, int token0, float2 scale, float2 bias) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t low = transpose_8x8(pack(c[0] * scale.x + bias.x, c[1] * scale.x + bias.x, T()));
+    const uint32_t high = transpose_8x8(pack(c[2] * scale.y + bias.y, c[3] * scale.y + bias.y, T()));
+    const int token = token0 + lane / 4;
+    if (token < p.m) {
+        uint32_t* y = reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row) + lane % 4;
+        y[0] = low;
+        y[4] = high;
+    }
+}
+
+__device__ __forceinline__ float2 load_channel_scale(const Params& p, int row) {
+    if (p.channel_scale == nullptr) return {1.f, 1.f};
+    const float* scale = p.channel_scale + row + threadIdx.x % 32 / 4;
+    return {scale[0], scale[8]};
+}
+
+template <typename T>
+__device__ __forceinline__ float2 load_bias(const Params& p, int row) {
+    if (p.bias == nullptr) return {0.f, 0.f};
+    const T* bias = static_cast<const T*>(p.bias) + row + threadIdx.x % 32 / 4;
+    return {to_float(bias[0]), to_float(bias[8])};
+}
+
 template <typename T, int kI, int kJ>
 __device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], int block0, Rows rows, int token0) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
         const int row = (block0 + rows.first + i * rows.stride) * kRowBlock;
         if (row >= p.n) continue;
-        float2 scale{1.f, 1.f}, bias{0.f, 0.f};
-        if (p.channel_scale != nullptr) scale = {p.channel_scale[row + g], p.channel_scale[row + g + 8]};
-        if (p.bias != nullptr) {
-            const T* b = static_cast<const T*>(p.bias) + row + g;
-            bias = {to_float(b[0]), to_float(b[8])};
-        }
+        const float2 scale = load_channel_scale(p, row), bias = load_bias<T>(p, row);
 #pragma unroll
         for (int j = 0; j < kJ; ++j) {
             if (token0 + 8 * j >= p.m) break;
-            const float(&c)[4] = acc[i][j];
-            const uint32_t low = pack(c[0] * scale.x + bias.x, c[1] * scale.x + bias.x, T());
-            const uint32_t high = pack(c[2] * scale.y + bias.y, c[3] * scale.y + bias.y, T());
-            const uint32_t low_t = transpose_8x8(low), high_t = transpose_8x8(high);
-            const int token = token0 + 8 * j + g;
-            if (token < p.m) {
-                uint32_t* y = reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row) + t;
-                y[0] = low_t;
-                y[4] = high_t;
-            }
+            store_unit<T>(p, acc[i][j], row, token0 + 8 * j, scale, bias);
         }
     }
 }
@@ -330,13 +362,12 @@ __device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ]
 template <typename T, int kThreads, int kI, int kJ>
 __device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ][4], int tile, int begin, int end, int block0,
                                             Rows rows, int token0, int thread, int* last) {
-    const int tile_begin = tile * p.steps, tile_end = tile_begin + p.steps;
-    if (begin == tile_begin && end == tile_end) {
+    if (begin == 0 && end == p.steps) {
         store_tile<T>(p, acc, block0, rows, token0);
         return;
     }
     constexpr int kSlot = kI * kJ * kThreads;  // float4 per part
-    const int first = share_of(tile_begin, p), final = share_of(tile_end - 1, p);
+    const int first = share_of(tile * p.steps, p), final = share_of((tile + 1) * p.steps - 1, p);
     // A block leaves at most two parts: number 0 of a tile begun before its share, number 1 of a tile that ends after it.
     const auto slot = [&](int block) {
         return reinterpret_cast<float4*>(p.partials) + static_cast<int64_t>(2 * block + (block == first)) * kSlot + thread;
@@ -399,6 +430,7 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.steps = (problem.k + kStep - 1) / kStep;
     p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;
     p.tiles = (problem.n + tile_rows - 1) / tile_rows * p.token_tiles;
+    p.slices = 1;
     return p;
 }
 
@@ -431,31 +463,40 @@ inline const char* describe_tokens(const W4A16Problem& problem, int tokens, CUte
     return result == CUDA_SUCCESS ? nullptr : "w4a16: the activations cannot be described to the copy engine";
 }
 
-// Start `kernel` on min(SMs, steps) blocks; with device.overlap its prologue and first weights run under the tail of the
+// With device.overlap the kernel's prologue and first weights run under the tail of the
 // previous kernel of the stream.
-inline const char* launch(const void* kernel, const W4A16Problem& problem, const W4A16Device& device, int tile_rows,
-                          int tile_tokens, int threads, int shared_bytes, cudaStream_t stream) {
-    Params p = make_params(problem, tile_rows, tile_tokens);
+struct Launch {
+    const void* kernel;
+    int threads, shared_bytes;
+    int blocks, cluster;
+};
+
+inline const char* launch(const Launch& how, Params p, const W4A16Problem& problem, const W4A16Device& device, int tile_tokens,
+                          cudaStream_t stream) {
     CUtensorMap token_map{};
     if (device.capability >= 90) {
         const char* error = describe_tokens(problem, tile_tokens, &token_map);
         if (error != nullptr) return error;
     }
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    cudaError_t error = cudaFuncSetAttribute(how.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config{};
-    const int64_t steps = static_cast<int64_t>(p.tiles) * p.steps;
-    config.gridDim = dim3(static_cast<unsigned>(steps < device.sm_count ? steps : device.sm_count));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
+    config.gridDim = dim3(how.blocks);
+    config.blockDim = dim3(how.threads);
+    config.dynamicSmemBytes = how.shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = device.overlap ? 1 : 0;
+    config.attrs = attributes;
+    if (device.overlap) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (how.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+    }
     void* arguments[] = {&p, &token_map};
-    error = cudaLaunchKernelExC(&config, kernel, arguments);
+    error = cudaLaunchKernelExC(&config, how.kernel, arguments);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -105,52 +105,51 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
     }
 }
 
-// Run the share's steps. `ready(i, stage)` waits until step i of the share is in its stage, `release` gives the stage back.
+// Run the block's work. `ready(i, stage)` waits until the block's i-th step is in its stage, `release` gives the stage back.
 template <typename T, typename C, typename Ready, typename Release>
-__device__ __forceinline__ void consume(const Params& p, Share share, char* shared, Ready ready, Release release) {
+__device__ __forceinline__ void consume(const Params& p, char* shared, Ready ready, Release release) {
     float acc[C::kI][C::kJ][4];
-    int step = share.begin, stage = 0;
-    while (step < share.end) {
-        const int tile = step / p.steps, segment_begin = step, tile_begin = tile * p.steps;
-        const int segment_end = min(share.end, tile_begin + p.steps);
+    int index = 0, stage = 0;
+    for (StreamK work(p); work.valid(p); work.next(p)) {
 #pragma unroll
         for (int i = 0; i < C::kI; ++i) {
 #pragma unroll
             for (int j = 0; j < C::kJ; ++j) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.f;
         }
-        for (; step < segment_end; ++step) {
-            ready(step - share.begin, stage);
+        for (int step = work.begin; step < work.end; ++step, ++index) {
+            ready(index, stage);
             const char* weights = shared + C::Memory::kWeights + stage * C::kWeightBytes;
-            const int units = (p.k - (step - tile_begin) * kStep) / 32;
-            multiply_step<T, C>(acc, weights, shared_address(shared + stage * C::kTokenBytes), units);
-            release(step - share.begin, stage);
+            multiply_step<T, C>(acc, weights, shared_address(shared + stage * C::kTokenBytes), (p.k - step * kStep) / 32);
+            release(index, stage);
             stage = stage + 1 == C::kStages ? 0 : stage + 1;
         }
-        const int row_tile = tile / p.token_tiles, token0 = tile % p.token_tiles * C::kTokens;
+        const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
         const Rows rows{static_cast<int>(threadIdx.x) / 32 * C::kI, 1};
-        finish_tile<T, C::kThreads>(p, acc, tile, segment_begin, segment_end, row_tile * C::kBlocks, rows, token0, threadIdx.x,
+        finish_tile<T, C::kThreads>(p, acc, work.tile, work.begin, work.end, row_tile * C::kBlocks, rows, token0, threadIdx.x,
                                     reinterpret_cast<int*>(shared + C::Memory::kLast));
     }
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 template <typename T, typename C>
-__global__ __launch_bounds__(C::kThreads + 32) void w4a16_mma_kernel(const __grid_constant__ Params p,
+__global__ __launch_bounds__(C::kThreads + 32 * kProducers) void w4a16_mma_kernel(const __grid_constant__ Params p,
                                                                      const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
     const uint32_t address = shared_address(shared);
-    const Share share{share_begin(blockIdx.x, p), share_begin(blockIdx.x + 1, p)};
-    init_barriers<S>(address, C::kWarps);
     let_next_start();
+    if (threadIdx.x == C::kThreads) init_barriers<S>(address, C::kWarps);
+    __syncthreads();
     if (threadIdx.x >= C::kThreads) {
-        if (threadIdx.x == C::kThreads) produce<S, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, share, address);
+        if (threadIdx.x % 32 == 0) {
+            produce<S, StreamK, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address, (threadIdx.x - C::kThreads) / 32, [] {});
+        }
         return;
     }
     uint32_t parity = 0;
     consume<T, C>(
-        p, share, shared, [&](int, int stage) { barrier_wait(address + S::kFull + 8 * stage, parity); },
+        p, shared, [&](int, int stage) { barrier_wait(address + S::kFull + 8 * stage, parity); },
         [&](int, int stage) {
             __syncwarp();
             if (threadIdx.x % 32 == 0) barrier_arrive(address + S::kEmpty + 8 * stage);
@@ -167,10 +166,11 @@ __global__ __launch_bounds__(C::kThreads) void w4a16_mma_kernel(const __grid_con
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     const uint32_t address = shared_address(shared);
-    const Share share{share_begin(blockIdx.x, p), share_begin(blockIdx.x + 1, p)};
-    Walk<C::kGroups, C::kBlocks, C::kTokens> walk(p, share.begin);
-    const auto fetch = [&](int step, int stage) {
-        if (step < share.end) {
+    StreamK work(p);
+    Walk<C::kGroups, C::kBlocks, C::kTokens> walk(p, work.tile, work.begin);
+    int step = work.begin;
+    const auto fetch = [&](int stage) {
+        if (work.valid(p)) {
             const uint32_t weights = address + C::Memory::kWeights + stage * C::kWeightBytes;
             for (int i = 16 * threadIdx.x; i < walk.bytes; i += 16 * C::kThreads) copy_16(weights + i, walk.weight + i);
             const int pieces = min(kStep, p.k - walk.column) / 8, tokens = min(C::kTokens, p.m - walk.token);
@@ -180,17 +180,22 @@ __global__ __launch_bounds__(C::kThreads) void w4a16_mma_kernel(const __grid_con
                 const uint8_t* from = p.x + 2 * (static_cast<int64_t>(walk.token + token) * p.k + walk.column + 8 * piece);
                 if (piece < pieces) copy_16(address + stage * C::kTokenBytes + to, from);
             }
-            walk.next(p, step + 1);
+            walk.next();
+            if (++step == work.end) {
+                work.next(p);
+                step = work.begin;
+                walk = {p, work.tile, work.begin};
+            }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    for (int i = 0; i < C::kStages - 1; ++i) fetch(share.begin + i, i);
+    for (int i = 0; i < C::kStages - 1; ++i) fetch(i);
     consume<T, C>(
-        p, share, shared,
-        [&](int i, int stage) {
+        p, shared,
+        [&](int, int stage) {
             asm volatile("cp.async.wait_group %0;" ::"n"(C::kStages - 2) : "memory");
             __syncthreads();
-            fetch(share.begin + i + C::kStages - 1, stage == 0 ? C::kStages - 1 : stage - 1);
+            fetch(stage == 0 ? C::kStages - 1 : stage - 1);
         },
         [](int, int) {});
 }
@@ -198,9 +203,15 @@ __global__ __launch_bounds__(C::kThreads) void w4a16_mma_kernel(const __grid_con
 
 template <typename T, typename C>
 const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    const int threads = C::kThreads + (device.capability >= 90 ? 32 : 0);  // the producer warp
-    return launch(reinterpret_cast<const void*>(w4a16_mma_kernel<T, C>), problem, device, C::kBlocks * kRowBlock, C::kTokens,
-                  threads, C::Memory::kBytes, stream);
+    const Params p = make_params(problem, C::kBlocks * kRowBlock, C::kTokens);
+    const int64_t steps = static_cast<int64_t>(p.tiles) * p.steps;
+    Launch how;
+    how.kernel = reinterpret_cast<const void*>(w4a16_mma_kernel<T, C>);
+    how.threads = C::kThreads + (device.capability >= 90 ? 32 * kProducers : 0);
+    how.shared_bytes = C::Memory::kBytes;
+    how.blocks = static_cast<int>(steps < device.sm_count ? steps : device.sm_count);
+    how.cluster = 1;
+    return launch(how, p, problem, device, C::kTokens, stream);
 }
 
 template <typename T, int kGroups>

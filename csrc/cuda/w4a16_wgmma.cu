@@ -6,6 +6,8 @@
 namespace vllm_sparse::w4a16 {
 namespace {
 
+constexpr int kMaxSlices = 8;  // the largest portable cluster
+
 template <int kGroups_, int kTokens_, int kStages_, int kBlocksPerSm_>
 struct Config {
     static constexpr int kGroups = kGroups_;
@@ -19,7 +21,20 @@ struct Config {
     static constexpr int kTokenBytes = 2 * kTokens * kStep;  // two halves of 64 columns, rows of 128 swizzled bytes
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
-    static_assert((Memory::kBytes + 1024) * kBlocksPerSm <= 228 * 1024);
+
+    // The other blocks of the cluster leave their sums here: 512 bytes per MMA tile of 16 rows x 8 tokens.
+    static constexpr int kJ = kTokens / 8;
+    static constexpr int kUnits = 2 * kJ * (kConsumers / 32);
+    static constexpr int kSumBytes = (kUnits + kMaxSlices) * 512;
+    static constexpr bool kSumsInStages = kTokens > 64;  // too large to stand beside the stages
+    static constexpr int kSums = kSumsInStages ? 0 : (Memory::kLast + 16 + 127) / 128 * 128;
+    static constexpr int kSharedBytes = kSumsInStages ? Memory::kBytes : kSums + kSumBytes + 1024;
+    static_assert(!kSumsInStages || kSumBytes <= Memory::kFull);
+    static_assert((kSharedBytes + 1024) * kBlocksPerSm <= 228 * 1024);
+
+    // Estimates that choose the number of slices, in nanoseconds: one step, adding up a tile's slices.
+    static constexpr int kStepTime = kTokens <= 32 ? 350 : kTokens <= 64 ? 550 : 1100;
+    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : 3500;
 };
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -40,11 +55,12 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 #define D8(j) D4(j), D4(j + 1)
 #define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
 #define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                   \
-    asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #P ", 0;\n"                             \
+    asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P ", 0;\n"             \
+                 "mov.b64 tokens, {%" #B ", 0x40000040};\n"                                                     \
                  "wgmma.mma_async.sp.sync.aligned.m64n" shape "k32.f32." type "." type " {" registers "}, " A   \
-                 ", %" #B ", %" #E ", %" #S ", accumulate, 1, 1, 0;\n}"                                         \
+                 ", tokens, %" #E ", %" #S ", accumulate, 1, 1, 0;\n}"                                         \
                  : outputs                                                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(tokens), "r"(positions), "n"(kSelector),     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),     \
                    "r"(accumulate))
 #define REGISTERS_4 "%0, %1, %2, %3"
 #define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
@@ -63,7 +79,7 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 
 // d[64 rows][tokens] = a (2:4, k = 32) * tokens (+ d). kSelector: which thread pair of a quad holds the positions.
 template <typename T, int kSelector, int kJ>
-__device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4], uint64_t tokens, uint32_t positions,
+__device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4], uint32_t tokens, uint32_t positions,
                                       int accumulate) {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
     static_assert(kJ == 1 || kJ == 2 || kJ == 4 || kJ == 8 || kJ == 16);
@@ -79,10 +95,9 @@ __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4],
     if constexpr (kJ == 16 && !kBf16) WGMMA_128("f16");
 }
 
-// Matrix descriptor of [tokens][64] 16-bit values in rows of 128 bytes, 128-byte swizzle: 1024 bytes per 8 rows.
-__device__ __forceinline__ uint64_t token_descriptor(uint32_t address) {
-    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
+// Low word of the matrix descriptor of [tokens][64] 16-bit values in rows of 128 bytes with the 128-byte swizzle. The high
+// word, 0x40000040, says swizzle (1 << 30) and 1024 bytes per 8 rows (64 << 0, in units of 16).
+__device__ __forceinline__ uint32_t token_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
 
 // wgmma may read the positions' registers while it runs, but the compiler takes them for free once it is issued. A store
 // that never happens (`never` is false) after the wait keeps them; only then are the next positions loaded.
@@ -131,6 +146,58 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
     }
 }
 
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_barrier_of_one_thread() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ void store_remote(uint32_t address, int rank, const float (&c)[4]) {
+    asm volatile(
+        "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(address),
+        "r"(rank), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3])
+        : "memory");
+}
+
+// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("units"), in
+// the order of the slices.
+template <typename T, typename C>
+__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[2][C::kJ][4], char* shared, int row_tile, int token0) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % p.slices;
+    const int share = (C::kUnits + p.slices - 1) / p.slices, reciprocal = 65536 / share + 1;
+    const int tokens = p.m - token0;
+    char* sums = shared + C::kSums;
+    cluster_barrier();  // every block is done with the memory that the sums go to
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < C::kJ; ++j) {
+            const int unit = (i * C::kJ + j) * 8 + warp, to = unit * reciprocal >> 16;
+            const uint32_t address = shared_address(sums) + ((rank * share + unit - to * share) * 32 + lane) * 16;
+            if (8 * j < tokens) store_remote(address, to, acc[i][j]);
+        }
+    }
+    cluster_barrier();
+    for (int local = warp; local < share && rank * share + local < C::kUnits; local += 8) {
+        const int unit = rank * share + local, tile = unit / 8, i = tile / C::kJ, j = tile % C::kJ, owner = unit % 8;
+        const int row = (row_tile * C::kBlocks + owner / 4 * 8 + owner % 4 + 4 * i) * kRowBlock;
+        if (8 * j >= tokens || row >= p.n) continue;
+        float c[4] = {};
+        for (int slice = 0; slice < p.slices; ++slice) {
+            const float4 part = reinterpret_cast<const float4*>(sums)[(slice * share + local) * 32 + lane];
+            c[0] += part.x, c[1] += part.y, c[2] += part.z, c[3] += part.w;
+        }
+        store_unit<T>(p, c, row, token0 + 8 * j, load_channel_scale(p, row), load_bias<T>(p, row));
+    }
+    if constexpr (C::kSumsInStages) {
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        cluster_barrier();  // the stages may be filled again
+    }
+}
+
 template <typename T, typename C>
 __global__ __launch_bounds__(C::kThreads, C::kBlocksPerSm) void w4a16_wgmma_kernel(const __grid_constant__ Params p,
                                                                                    const __grid_constant__ CUtensorMap token_map) {
@@ -138,34 +205,38 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocksPerSm) void w4a16_wgmma_kern
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
     const uint32_t address = shared_address(shared);
-    const Share share{share_begin(blockIdx.x, p), share_begin(blockIdx.x + 1, p)};
-    init_barriers<S>(address, C::kConsumers / 32);
     let_next_start();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp >= C::kConsumers / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == C::kConsumers) produce<S, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, share, address);
+        if (threadIdx.x == C::kConsumers) init_barriers<S>(address, C::kConsumers / 32);
+        __syncthreads();
+        const int producer = warp - C::kConsumers / 32;
+        if (lane == 0 && producer < kProducers) {
+            produce<S, Sliced, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address, producer, [&] {
+                if (p.slices == 1) return;
+                for (int i = 0; i < (C::kSumsInStages ? 3 : 2); ++i) cluster_barrier_of_one_thread();
+            });
+        }
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
-    constexpr int kJ = C::kTokens / 8;
-    constexpr uint64_t kHalf = C::kTokenBytes / 2 / 16;
+    __syncthreads();
+    constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
     const Rows rows{warp / 4 * 8 + warp % 4, 4};
     const char* weights0 = shared + S::kWeights + rows.first * kBlockBytes<C::kGroups>;
     const bool never = p.m < 0;
-    float acc[2][kJ][4];
+    float acc[2][C::kJ][4];
     uint32_t a[2][kUnits][4];
     uint2 positions[2]{};
     uint32_t parity = 0;
-    int step = share.begin, stage = 0;
-    while (step < share.end) {
-        const int tile = step / p.steps, segment_begin = step;
-        const int segment_end = min(share.end, (tile + 1) * p.steps);
+    int stage = 0;
+    for (Sliced work(p); work.valid(p); work.next(p)) {
         int previous = -1;
-        for (; step < segment_end; ++step) {
+        for (int step = work.begin; step < work.end; ++step) {
             barrier_wait(address + S::kFull + 8 * stage, parity);
-            const uint64_t tokens = token_descriptor(address + stage * C::kTokenBytes);
-            const int accumulate = step > segment_begin;
+            const uint32_t tokens = token_descriptor(address + stage * C::kTokenBytes);
+            const int accumulate = step > work.begin;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const char* packed = weights0 + stage * C::kWeightBytes + 4 * half * kBlockBytes<C::kGroups>;
@@ -193,31 +264,76 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocksPerSm) void w4a16_wgmma_kern
         pin(acc[0]);
         pin(acc[1]);
         if (lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
-        const int row_tile = tile / p.token_tiles, token0 = tile % p.token_tiles * C::kTokens;
-        finish_tile<T, C::kConsumers>(p, acc, tile, segment_begin, segment_end, row_tile * C::kBlocks, rows, token0, threadIdx.x,
-                                      reinterpret_cast<int*>(shared + S::kLast));
+        const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
+        if (p.slices == 1) {
+            store_tile<T>(p, acc, row_tile * C::kBlocks, rows, token0);
+        } else {
+            add_slices<T, C>(p, acc, shared, row_tile, token0);
+        }
     }
+}
+
+// How many clusters of `slices` blocks run at once; clusters do not span the chip's processing clusters (GPCs).
+template <typename T, typename C>
+int concurrent_clusters(int slices, const W4A16Device& device) {
+    if (slices == 1) return device.sm_count;
+    static int known[kMaxSlices + 1] = {};
+    if (known[slices] == 0) {
+        const auto kernel = reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+        cudaLaunchAttribute attribute;
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {static_cast<unsigned>(slices), 1, 1};
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(slices * (device.sm_count / slices));
+        config.blockDim = dim3(C::kThreads);
+        config.dynamicSmemBytes = C::kSharedBytes;
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        int clusters = 0;
+        const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+        known[slices] = error == cudaSuccess && clusters > 0 ? clusters : 1;
+    }
+    const int all = device.sm_count / slices;
+    return known[slices] < all ? known[slices] : all;
 }
 
 template <typename T, typename C>
 const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    return launch(reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), problem, device, kW4A16Panel, C::kTokens, C::kThreads,
-                  C::Memory::kBytes, stream);
+    Params p = make_params(problem, kW4A16Panel, C::kTokens);
+    const auto clusters = [&](int slices) {
+        const int most = concurrent_clusters<T, C>(slices, device);
+        return p.tiles < most ? p.tiles : most;
+    };
+    int64_t best = INT64_MAX;
+    for (int slices = 1; slices <= kMaxSlices && slices <= p.steps; ++slices) {
+        if (problem.slices != 0 && problem.slices != slices) continue;
+        const int rounds = (p.tiles + clusters(slices) - 1) / clusters(slices);
+        const int64_t time = static_cast<int64_t>(rounds) * ((p.steps + slices - 1) / slices * C::kStepTime + (slices > 1) * C::kSumTime);
+        if (time < best) best = time, p.slices = slices;
+    }
+    const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,
+                     p.slices * clusters(p.slices), p.slices};
+    return launch(how, p, problem, device, C::kTokens, stream);
 }
 
 template <typename T, int kGroups>
 const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream) {
     switch (kernel) {
         case W4A16Kernel::kWgmma8:
-            return run<T, Config<kGroups, 8, 6, 2>>(problem, device, stream);
+            return run<T, Config<kGroups, 8, 12, 1>>(problem, device, stream);
         case W4A16Kernel::kWgmma16:
-            return run<T, Config<kGroups, 16, 6, 2>>(problem, device, stream);
+            return run<T, Config<kGroups, 16, 10, 1>>(problem, device, stream);
         case W4A16Kernel::kWgmma32:
-            return run<T, Config<kGroups, 32, 4, 2>>(problem, device, stream);
+            return run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
         case W4A16Kernel::kWgmma64:
-            return run<T, Config<kGroups, 64, 6, 1>>(problem, device, stream);
+            return run<T, Config<kGroups, 64, 5, 1>>(problem, device, stream);
         case W4A16Kernel::kWgmma128:
             return run<T, Config<kGroups, 128, 4, 1>>(problem, device, stream);
+        case W4A16Kernel(9):
+            return run<T, Config<kGroups, 8, 6, 2>>(problem, device, stream);
+        case W4A16Kernel(10):
+            return run<T, Config<kGroups, 16, 5, 2>>(problem, device, stream);
         default:
             return "w4a16_wgmma: not a kernel of this file";
     }
