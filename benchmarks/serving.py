@@ -31,8 +31,9 @@ PRESETS = {
         *("--engine-args", "--kv-cache-memory-bytes 13G --gpu-memory-utilization 0.1 --max-num-seqs 256"),
     ],
     "cpu": [
-        *("--scale", "0.1", "--repeats", "4", "--requests", "16", "--batch-use-case", "instruction"),
-        *("--seconds", "6", "--window", "256", "--text-tokens", "4096", "--engine-args", "--enforce-eager "),
+        *("--scale", "0.1", "--resident", "--repeats", "4", "--rounds", "1", "--requests", "16"),
+        *("--batch-use-case", "instruction", "--seconds", "5", "--window", "256", "--text-tokens", "4096"),
+        *("--engine-args", "--enforce-eager "),
     ],
 }  # fmt: skip
 LOG_LINES = 60
@@ -70,6 +71,7 @@ def main() -> int:
         print(f"error: {missing}", file=sys.stderr)
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; several engines share a small machine
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory) / "run"
