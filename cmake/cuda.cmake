@@ -6,7 +6,7 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 
 # Kernels for one architecture's own instructions, and kernels for every GPU since Ampere.
-set(HOPPER_SOURCES)
+set(HOPPER_SOURCES csrc/cuda/fp8_linear.cu)
 set(PORTABLE_SOURCES)
 
 add_library(vllm_sparse_cuda STATIC)

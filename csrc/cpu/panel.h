@@ -114,6 +114,8 @@ extern const Tier scalar_tier;
 extern const Tier avx2_tier;
 extern const Tier avx512_tier;
 extern const Multiply avx512_bf16_multiply[kFormats][kTiles];
+#elif defined(__aarch64__)
+extern const Tier neon_tier;
 #endif
 
 }  // namespace vllm_sparse::cpu

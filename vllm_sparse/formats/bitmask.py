@@ -53,10 +53,11 @@ class BitmaskFormat(CompressedTensorsFormat):
     name = "sparse-24-bitmask"
     shard_k = 8
     renamed = {
-        ".shape": None,
         ".weight.compressed": ".compressed",
         ".weight.bitmask": ".bitmask",
-        ".weight.shape": None,
+        ".weight.shape": ".shape",
+        ".weight.row_offsets": ".row_offsets",
+        ".shape": None,
     }
 
     @classmethod

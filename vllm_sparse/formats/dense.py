@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_sparse.formats.base import Format, TensorSpec, check_columns, matrix
+from vllm_sparse.formats.base import Format, TensorSpec, check_columns
 from vllm_sparse.formats.compressed_tensors import is_compressed_tensors, sparsity
 from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import Sparse24Weight
@@ -45,7 +45,9 @@ class DenseFormat(Format):
         return (TensorSpec("weight", (n, k), dtype, 0, 1, accepts=_DTYPES),)
 
     def features(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-        return matrix(module, "weight", shapes)
+        shape = shapes.get("weight", ())
+        # Norms and convolutions have a weight as well, and one whose rows are no groups of four is never 2:4.
+        return (shape[0], shape[1]) if len(shape) == 2 and shape[1] and shape[1] % 4 == 0 else None
 
     def _to_weight(
         self, module: str, tensors: Mapping[str, Tensor], parts: Sequence[int], full_k: int

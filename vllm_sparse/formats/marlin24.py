@@ -60,7 +60,7 @@ def scales_from_marlin(scales: Tensor, permuted: bool) -> Tensor:
     if permuted:
         undo = [_SCALE_ORDER.index(place) for place in range(8)]
         scales = scales.unflatten(1, (-1, 8))[..., undo].flatten(1)
-    return scales.T.contiguous()
+    return scales.T.reshape(-1).view(scales.shape[1], scales.shape[0])
 
 
 def marlin_specs(

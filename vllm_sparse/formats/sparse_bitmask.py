@@ -58,10 +58,10 @@ class SparseBitmaskFormat(BitmaskFormat):
         shape = matrix(module, "bitmask", shapes)
         return shape and (shape[0], 8 * shape[1])
 
-    def check(self, module: str, given: Given, of: str, parts: int = 1) -> tuple[int, int]:
-        size = self.features(of, {name: shape for name, (shape, _) in given.items()})
+    def check(self, module: str, given: Given, parts: int = 1) -> tuple[int, int]:
+        size = self.features(module, {name: shape for name, (shape, _) in given.items()})
         if size is None:
-            raise FormatError(f"{of}: the layer has none of the tensors of format {self.name}")
+            raise FormatError(f"{module}: the layer has none of the tensors of format {self.name}")
         n, k = size
         group = self.our_group(module)
         assert group.scheme is not None
@@ -73,8 +73,8 @@ class SparseBitmaskFormat(BitmaskFormat):
             TensorSpec("shape", (2,), torch.int64, None, metadata=True),
             TensorSpec("row_offsets", (n,), torch.int64, None, metadata=True),
         ]
-        scales = scale_specs(group, n, k, torch.float32, of) if group.scheme.scaled else []
-        check_tensors([*specs, *scales], given, of)
+        scales = scale_specs(group, n, k, torch.float32, module) if group.scheme.scaled else []
+        check_tensors([*specs, *scales], given, module, parts)
         return size
 
     def to_dense_codes(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:

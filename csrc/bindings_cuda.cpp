@@ -1,0 +1,54 @@
+// Python's view of csrc/cuda: raw pointers, sizes and a stream in, nothing out. Shapes are checked in vllm_sparse/kernels/cuda_*.py.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "cuda/fp8_linear.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+
+template <class T>
+T* at(Pointer p) {
+    return reinterpret_cast<T*>(p);
+}
+
+// Kernels report failures as one sentence.
+void check(const char* kernel, const char* error) {
+    if (error != nullptr) throw std::runtime_error(std::string(kernel) + ": " + error);
+}
+
+void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_per_token, Pointer weight, Pointer weight_scale,
+                Pointer bias, Pointer out, bool half_out, int m, int n, int k, int device, int configuration, bool programmatic,
+                Pointer stream) {
+    const vllm_sparse::fp8::LinearArguments arguments{at<const void>(x),
+                                                      x_stride,
+                                                      at<const float>(x_scale),
+                                                      x_scale_per_token,
+                                                      at<const void>(weight),
+                                                      at<const float>(weight_scale),
+                                                      at<const void>(bias),
+                                                      at<void>(out),
+                                                      half_out,
+                                                      m,
+                                                      n,
+                                                      k,
+                                                      device};
+    check("fp8_linear", vllm_sparse::fp8::linear(arguments, configuration, programmatic, at<void>(stream)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "2:4 linear layers on NVIDIA GPUs";
+    module.attr("FP8_BRICK_FEATURES") = vllm_sparse::fp8::kBrickFeatures;
+    module.attr("FP8_BRICK_COLUMNS") = vllm_sparse::fp8::kBrickColumns;
+    module.attr("FP8_COLUMN_PADDING") = vllm_sparse::fp8::kColumnPadding;
+    module.def("fp8_configurations", &vllm_sparse::fp8::configuration_count, "Number of tile configurations");
+    module.def("fp8_configuration_tokens", &vllm_sparse::fp8::configuration_tokens, py::arg("configuration"));
+    module.def("fp8_linear", fp8_linear);
+}

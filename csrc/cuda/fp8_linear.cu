@@ -1,0 +1,221 @@
+#include "fp8_linear.cuh"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <mutex>
+
+namespace vllm_sparse::fp8 {
+namespace {
+
+using Kernel = void (*)(CUtensorMap, CUtensorMap, KernelArguments);
+
+struct Configuration {
+    int tokens, warpgroups, bricks, cluster, split;
+    int threads, shared_bytes;
+    bool stores_tiles;
+    Kernel kernel;
+};
+
+template <typename T>
+constexpr Configuration row() {
+    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, T::STORES_TILES, linear_kernel<T>};
+}
+
+//         tokens warpgroups bricks stages cluster split
+const Configuration kConfigurations[] = {
+    row<Tile<8, 1, 2, 8, 1, 2>>(),
+    row<Tile<8, 1, 2, 14, 1, 2>>(),
+    row<Tile<8, 2, 2, 8, 1, 2>>(),
+    row<Tile<16, 1, 2, 7, 1, 2>>(),
+    row<Tile<16, 1, 2, 12, 1, 2>>(),
+    row<Tile<32, 1, 2, 5, 1, 2>>(),
+    row<Tile<32, 1, 2, 9, 1, 2>>(),
+    row<Tile<32, 2, 1, 6, 1, 2>>(),
+    row<Tile<64, 1, 1, 6, 1, 2>>(),
+    row<Tile<64, 1, 1, 14, 1, 2>>(),
+    row<Tile<64, 1, 2, 7, 1, 2>>(),
+    row<Tile<64, 2, 1, 10, 2, 1>>(),
+    row<Tile<64, 2, 1, 10, 1, 2>>(),
+    row<Tile<64, 2, 1, 10, 2, 2>>(),
+    row<Tile<96, 1, 1, 11, 1, 2>>(),
+    row<Tile<96, 2, 1, 8, 2, 1>>(),
+    row<Tile<128, 1, 1, 9, 1, 2>>(),
+    row<Tile<128, 2, 1, 6, 1, 2>>(),
+    row<Tile<128, 2, 1, 8, 2, 1>>(),
+    row<Tile<192, 2, 1, 4, 1, 2>>(),
+    row<Tile<192, 2, 1, 6, 2, 1>>(),
+    row<Tile<256, 2, 1, 5, 2, 1>>(),
+    row<Tile<256, 2, 1, 5, 4, 1>>(),
+};
+constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
+
+constexpr int kMaxDevices = 64;
+struct Device {
+    int multiprocessors = 0;
+    int workers[kCount] = {};  // clusters that run at once with one block per multiprocessor
+    std::once_flag once;
+    const char* error = nullptr;
+};
+Device devices[kMaxDevices];
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+EncodeTiled encode_tiled() {
+    static const EncodeTiled function = [] {
+        void* pointer = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+            found != cudaDriverEntryPointSuccess) {
+            pointer = nullptr;
+        }
+        return reinterpret_cast<EncodeTiled>(pointer);
+    }();
+    return function;
+}
+
+const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Allows large shared memory and counts the clusters that fit: fewer than multiprocessors / size where a cluster may not span two
+// groups of multiprocessors. All of a block's possible shared memory is asked for, so that one block fits on each.
+const char* prepare_kernel(const Configuration& c, int* workers) {
+    constexpr int kAllShared = 232448;
+    if (const char* error = text(cudaFuncSetAttribute(c.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAllShared))) return error;
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = c.cluster * c.split;
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(c.cluster * c.split);
+    config.blockDim = dim3(c.threads);
+    config.dynamicSmemBytes = kAllShared;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    return text(cudaOccupancyMaxActiveClusters(workers, c.kernel, &config));
+}
+
+// Once per device, which is current: permissions and sizes.
+const char* prepare_device(int index, Device** device) {
+    if (index < 0 || index >= kMaxDevices) return "the device index is not in 0 ... 63";
+    Device& d = devices[index];
+    std::call_once(d.once, [&d, index] {
+        d.error = text(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+        for (int i = 0; i < kCount && d.error == nullptr; ++i) d.error = prepare_kernel(kConfigurations[i], &d.workers[i]);
+    });
+    *device = &d;
+    return d.error;
+}
+
+// Makes a device current while it lives.
+class DeviceGuard {
+   public:
+    explicit DeviceGuard(int device) {
+        error = text(cudaGetDevice(&previous_));
+        if (error == nullptr && previous_ != device) {
+            error = text(cudaSetDevice(device));
+            changed_ = error == nullptr;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
+    const char* error;
+
+   private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// `bricks` of 128 columns per copy, as planes of the map; 0 where k ends inside a plane: only a flat map fills that with zeros.
+bool map_x(const LinearArguments& a, int rows, int bricks, CUtensorMap* map) {
+    const cuuint64_t sizes[3] = {cuuint64_t(bricks ? kBrickColumns : a.k), cuuint64_t(a.m), cuuint64_t(bricks ? a.k / kBrickColumns : 1)};
+    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
+    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(rows), cuuint32_t(bricks ? bricks : 1)};
+    const cuuint32_t steps[3] = {1, 1, 1};
+    return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool map_out(const LinearArguments& a, CUtensorMap* map) {
+    const cuuint64_t sizes[2] = {cuuint64_t(a.n), cuuint64_t(a.m)};
+    const cuuint64_t strides[1] = {cuuint64_t(a.n) * 2};
+    const cuuint32_t box[2] = {64, 16}, steps[2] = {1, 1};
+    return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.out, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace
+
+int configuration_count() { return kCount; }
+int configuration_tokens(int configuration) { return kConfigurations[configuration].tokens; }
+
+int choose_configuration(int m, int n, int k, int multiprocessors) {
+    (void)n, (void)k, (void)multiprocessors;
+    if (m <= 8) return 0;
+    if (m <= 16) return 3;
+    if (m <= 32) return 5;
+    if (m <= 64) return 10;
+    if (m <= 128) return 14;
+    return 18;
+}
+
+const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
+    if (a.m == 0) return nullptr;
+    if (a.m < 0 || a.n <= 0 || a.k <= 0 || a.n % 16 != 0 || a.k % 32 != 0) return "n must be a multiple of 16 and k of 32";
+    if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.x_stride % 16 != 0) return "x and its rows must be aligned to 16 bytes";
+    if (configuration >= kCount) return "there is no such configuration";
+    const DeviceGuard guard(a.device);
+    if (guard.error != nullptr) return guard.error;
+    Device* device;
+    if (const char* error = prepare_device(a.device, &device)) return error;
+    if (configuration < 0) configuration = choose_configuration(a.m, a.n, a.k, device->multiprocessors);
+    const Configuration& c = kConfigurations[configuration];
+
+    if (encode_tiled() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
+    KernelArguments args;
+    args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
+    args.x_planes = a.k % kBrickColumns == 0;
+    CUtensorMap x_map, out_map = {};
+    if (!map_x(a, args.x_rows, args.x_planes ? c.bricks : 0, &x_map)) return "the driver refused the tensor map of x";
+    if (c.stores_tiles && !map_out(a, &out_map)) return "the driver refused the tensor map of the output";
+    args.weight = static_cast<const uint8_t*>(a.weight);
+    args.weight_scale = a.weight_scale;
+    args.x_scale = a.x_scale;
+    args.x_scale_stride = a.x_scale_per_token ? 1 : 0;
+    args.bias = a.bias;
+    args.out = a.out;
+    args.m = a.m;
+    args.n = a.n;
+    args.half_out = a.half_out;
+    args.column_tiles = ceil_div(a.k, kColumnPadding) * (kColumnPadding / kBrickColumns) / c.bricks;
+    args.token_tiles = ceil_div(a.m, c.tokens);
+    args.feature_tiles = ceil_div(a.n, kBrickFeatures);
+    args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
+    args.stream_weight = args.token_tiles == 1;
+    const int blocks_per_cluster = c.cluster * c.split;
+    const int workers = std::min(device->workers[configuration], args.tiles);
+
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(workers * blocks_per_cluster);
+    config.blockDim = dim3(c.threads);
+    config.dynamicSmemBytes = c.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = blocks_per_cluster;
+    attributes[0].val.clusterDim.y = 1;
+    attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = programmatic ? 2 : 1;
+    return text(cudaLaunchKernelEx(&config, c.kernel, x_map, out_map, args));
+}
+
+}  // namespace vllm_sparse::fp8

@@ -1,0 +1,473 @@
+// The FP8 2:4 kernel: one skeleton from one token to thousands.
+//
+// The weight is the sparse operand (64 features per warpgroup), tokens are the other one, so the accumulators hold out^T. Two
+// warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer warpgroup multiplies 64
+// features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c + clusters, ... In a cluster, CLUSTER
+// blocks with neighbouring features share the loads of the tokens, and SPLIT blocks share a tile's columns. Sums are added in the
+// order of the columns: results depend on the configuration, never on timing.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "fp8_linear.h"
+#include "hopper_ptx.cuh"
+#include "sparse_wgmma.cuh"
+
+namespace vllm_sparse::fp8 {
+
+struct KernelArguments {
+    const uint8_t* weight;
+    const float* weight_scale;
+    const float* x_scale;
+    const void* bias;
+    void* out;
+    int m, n;
+    int x_scale_stride;
+    int x_rows;          // tokens that one block of a cluster loads per tile
+    bool x_planes;       // the map of x has planes of 128 columns: one copy fetches a stage
+    bool half_out;
+    bool stream_weight;  // each weight byte is read once: let L2 drop it first
+    int column_tiles;    // stages along k
+    int token_tiles;
+    int feature_tiles;  // of 64
+    int tiles;          // of the whole cluster
+};
+
+template <int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_, int SPLIT_>
+struct Tile {
+    static constexpr int TOKENS = TOKENS_;          // tokens of a tile
+    static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers, 64 features each
+    static constexpr int BRICKS = BRICKS_;          // bricks (128 columns) per stage and warpgroup
+    static constexpr int STAGES = STAGES_;
+    static constexpr int CLUSTER = CLUSTER_;  // blocks with neighbouring features that share the tokens' loads
+    static constexpr int SPLIT = SPLIT_;      // blocks that share a tile's columns
+    static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
+
+    static constexpr int THREADS = 128 * WARPGROUPS + 64;
+    static constexpr int X_BYTES = TOKENS * kBrickColumns * BRICKS;
+    static constexpr int W_SLICE = kBrickBytes * BRICKS;
+    static constexpr int STAGE_BYTES = X_BYTES + W_SLICE * WARPGROUPS;
+    static constexpr int ACCUMULATORS = TOKENS / 2;                   // per thread
+    static constexpr int VECTORS = TOKENS / 8;                        // the same as float4
+    static constexpr int OWNERS = SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
+    static constexpr int OUT_TOKENS = TOKENS / OWNERS;
+    static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
+    // Large tiles leave through the copy engine (three buffers of 16 tokens x 64 features per warpgroup): ordinary stores would
+    // block the next tile's loads behind them. Small ones leave by ordinary stores (per warp 16 features, padded off the banks),
+    // which are sooner there.
+    static constexpr bool STORES_TILES = TOKENS == 256 && SPLIT == 1;
+    static constexpr int STAGED_TOKENS = STORES_TILES || OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
+    static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
+    static constexpr int OUT_BUFFERS = STORES_TILES ? 3 : 4;  // one per warp
+    static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
+    static constexpr int SCALE_BYTES = OUT_TOKENS * 4 + 64 * 4 + 64 * 2;
+    static constexpr int SHARED_BYTES =
+        1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + WARPGROUPS * (OUT_BUFFERS * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
+
+    // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
+    static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
+
+    static_assert(TOKENS / CLUSTER >= 8, "a block loads whole groups of eight tokens");
+    static_assert(SHARED_BYTES <= 232448, "more shared memory than a block can have");
+};
+
+// Position in the ring of stages, and the parity that its barrier is waited for with.
+template <int STAGES>
+struct Ring {
+    int stage = 0, parity;
+    __device__ explicit Ring(int first_parity) : parity(first_parity) {}
+    __device__ void advance() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+struct BFloat16 {
+    static __device__ uint32_t pack(float a, float b) {
+        const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    }
+    static __device__ float unpack(uint16_t v) { return __bfloat162float(__ushort_as_bfloat16(v)); }
+};
+
+struct Float16 {
+    static __device__ uint32_t pack(float a, float b) {
+        const __half2 v = __floats2half2_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&v);
+    }
+    static __device__ float unpack(uint16_t v) { return __half2float(__ushort_as_half(v)); }
+};
+
+// What one warpgroup's epilogue needs, fetched in the background while it multiplies.
+template <typename T>
+struct Scales {
+    float tokens[T::OUT_TOKENS];
+    float features[64];
+    uint16_t bias[64];
+
+    __device__ void fetch(const KernelArguments& args, int feature_begin, int token_begin, int thread) {
+#pragma unroll
+        for (int t = thread; t < T::OUT_TOKENS; t += 128) {
+            const int token = min(token_begin + t, args.m - 1);
+            ptx::copy_async_4(ptx::shared_address(tokens + t), args.x_scale + token * args.x_scale_stride);
+        }
+        if (thread < 64) {
+            ptx::copy_async_4(ptx::shared_address(features + thread), args.weight_scale + feature_begin + thread);
+        } else if (thread < 96) {
+            const int i = 2 * (thread - 64);
+            if (args.bias == nullptr) {
+                *reinterpret_cast<uint32_t*>(bias + i) = 0;
+            } else if (feature_begin + i < args.n) {
+                ptx::copy_async_4(ptx::shared_address(bias + i), static_cast<const uint16_t*>(args.bias) + feature_begin + i);
+            }
+        }
+    }
+};
+
+// One thread's way from accumulators to output values: its two features (8 apart) of a warp's 16.
+template <typename T, typename Out>
+struct Converter {
+    const float* token_scales;
+    float scale_low, scale_high, bias_low, bias_high;
+
+    __device__ Converter(const Scales<T>& scales, int warp, int lane) : token_scales(scales.tokens + 2 * (lane % 4)) {
+        const int row = warp * 16 + lane / 4;
+        scale_low = scales.features[row], scale_high = scales.features[row + 8];
+        bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
+    }
+    // Writes eight tokens from `token` on, each as two runs of 8 features; lane i of 0..15 has the address of one run.
+    __device__ void store(uint32_t address, int token, const float (&d)[T::ACCUMULATORS]) const {
+        const float2 s = *reinterpret_cast<const float2*>(token_scales + token);
+        const float* v = d + token / 2;
+        ptx::store_matrix_transposed(address, Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
+                                     Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
+    }
+};
+
+// One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
+template <typename T, typename Out>
+__device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int thread, uint8_t* staging,
+                          const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
+    const int warp = thread / 32, lane = thread % 32;
+    staging += warp * T::OUT_BYTES;
+    const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + (lane / 8 % 2) * 16;
+    const uint8_t* const load_address = staging + (lane / 2) * T::OUT_PITCH + (lane % 2) * 16;
+    const int token = token_begin + lane / 2, feature = feature_begin + warp * 16 + (lane % 2) * 8;
+    uint16_t* const out = static_cast<uint16_t*>(args.out) + int64_t(token) * args.n + feature;
+    const int tokens_left = feature < args.n ? args.m - token : 0;
+#pragma unroll
+    for (int chunk = 0; chunk < T::OUT_TOKENS; chunk += T::STAGED_TOKENS) {
+#pragma unroll
+        for (int block = 0; block < T::STAGED_TOKENS; block += 8) {
+            converter.store(store_address + block * T::OUT_PITCH, chunk + block, d);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int block = 0; block < T::STAGED_TOKENS; block += 16) {
+            if (chunk + block < tokens_left && lane / 2 + block < T::STAGED_TOKENS) {
+                *reinterpret_cast<uint4*>(out + int64_t(chunk + block) * args.n) =
+                    *reinterpret_cast<const uint4*>(load_address + block * T::OUT_PITCH);
+            }
+        }
+        __syncwarp();
+    }
+}
+
+// The same through the copy engine, whose swizzle keeps the transposing writes off each other's banks. Thread 0 must have waited
+// for the previous tile's stores to be read.
+template <typename T, typename Out>
+__device__ void store_out(const CUtensorMap* out_map, int feature_begin, int token_begin, int warpgroup, int thread, uint8_t* staging,
+                          const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
+    const int warp = thread / 32, lane = thread % 32;
+    const uint32_t base = ptx::shared_address(staging);
+    const uint32_t store_address = base + (lane % 8) * T::OUT_PITCH + (((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16);
+#pragma unroll
+    for (int chunk = 0; chunk < T::OUT_TOKENS; chunk += T::STAGED_TOKENS) {
+        const uint32_t buffer = chunk / T::STAGED_TOKENS % T::OUT_BUFFERS * T::OUT_BYTES;
+#pragma unroll
+        for (int block = 0; block < T::STAGED_TOKENS; block += 8) {
+            converter.store(store_address + buffer + block * T::OUT_PITCH, chunk + block, d);
+        }
+        ptx::copy_engine_fence();
+        ptx::sync_warpgroup(1 + warpgroup);
+        if (thread == 0) {
+            ptx::store_tile(out_map, feature_begin, token_begin + chunk, base + buffer);
+            ptx::store_wait_read<T::OUT_BUFFERS - 2>();  // the buffer after the next one is free
+        }
+    }
+}
+
+// Adds up a tile that SPLIT blocks of a cluster computed, each over its own columns. Every owner gets the other blocks' sums of its
+// tokens by remote stores and adds them in the order of the columns; its part of the tile ends up at the front of the accumulators.
+template <typename T>
+struct Exchange {
+    float4* buffer;     // [SPLIT - 1 senders][VECTORS / OWNERS][threads]
+    uint32_t arrived;   // counts the bytes of one tile
+    uint32_t drained;   // every other owner has read what this block sent it
+    int split_rank, rank_in_split;
+    int parity = 0;
+    bool sent = false;
+
+    static constexpr int PART = T::VECTORS / T::OWNERS;
+    static constexpr int THREADS = 128 * T::WARPGROUPS;
+
+    __device__ uint32_t block(int split) const { return split * T::CLUSTER + rank_in_split; }
+
+    __device__ void reduce(int thread, float (&d)[T::ACCUMULATORS]) {
+        if (thread == 0 && split_rank < T::OWNERS) ptx::barrier_arrive_expect(arrived, T::EXCHANGE_BYTES);
+        wait_until_drained();
+        sent = true;
+#pragma unroll
+        for (int owner = 0; owner < T::OWNERS; ++owner) {
+            if (owner != split_rank) {
+                const int sender = split_rank < owner ? split_rank : split_rank - 1;
+                const uint32_t to = ptx::shared_address(buffer + sender * PART * THREADS + thread);
+#pragma unroll
+                for (int i = 0; i < PART; ++i) {
+                    const float* v = d + (owner * PART + i) * 4;
+                    ptx::store_remote(to + i * THREADS * 16, make_float4(v[0], v[1], v[2], v[3]), arrived, block(owner));
+                }
+            }
+        }
+        if (split_rank < T::OWNERS) {
+#pragma unroll
+            for (int owner = 1; owner < T::OWNERS; ++owner) {
+                if (owner == split_rank) {
+#pragma unroll
+                    for (int i = 0; i < 4 * PART; ++i) d[i] = d[owner * 4 * PART + i];
+                }
+            }
+            ptx::barrier_wait(arrived, parity);
+#pragma unroll
+            for (int i = 0; i < PART; ++i) {
+                const float4 own = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
+                float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+                for (int split = 0; split < T::SPLIT; ++split) {
+                    const int sender = split < split_rank ? split : split - 1;
+                    const float4 part = split == split_rank ? own : buffer[(sender * PART + i) * THREADS + thread];
+                    sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+                }
+                d[4 * i] = sum.x, d[4 * i + 1] = sum.y, d[4 * i + 2] = sum.z, d[4 * i + 3] = sum.w;
+            }
+            __syncwarp();
+            const int lane = thread % 32;
+            if (lane < T::SPLIT && lane != split_rank) ptx::barrier_arrive_remote(drained, block(lane));
+        }
+        parity ^= 1;
+    }
+    __device__ void wait_until_drained() const {
+        if (sent && drains(split_rank) > 0) ptx::barrier_wait(drained, parity ^ 1);
+    }
+    // Arrivals on `drained` per tile: each warp of every other owner.
+    __device__ static int drains(int split_rank) { return 4 * T::WARPGROUPS * (split_rank < T::OWNERS ? T::OWNERS - 1 : T::OWNERS); }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
+    linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap out_map,
+                  const __grid_constant__ KernelArguments args) {
+    extern __shared__ uint8_t shared_raw[];
+    uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
+    uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
+    uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
+    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + T::OUT_BUFFERS * T::WARPGROUPS * T::OUT_BYTES);
+    const uint32_t stage_base = ptx::shared_address(stages);
+    const uint32_t full = ptx::shared_address(scales + T::WARPGROUPS), empty = full + T::STAGES * 8;
+    const uint32_t exchange_barriers = empty + T::STAGES * 8;
+
+    const int block_rank = T::BLOCKS_PER_CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
+    const int rank = block_rank % T::CLUSTER, split_rank = block_rank / T::CLUSTER;
+    const int worker = blockIdx.x / T::BLOCKS_PER_CLUSTER, workers = gridDim.x / T::BLOCKS_PER_CLUSTER;
+    const int thread = threadIdx.x % 128;
+    const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
+    const int first = args.column_tiles * split_rank / T::SPLIT, last = args.column_tiles * (split_rank + 1) / T::SPLIT;
+
+    const auto feature_tile = [&](int tile, int group) {
+        return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
+    };
+    // The last tile of many is moved back to end with the last token: tokens beyond m cost the copy engine more than real ones.
+    const auto first_token = [&](int tile) { return min(tile % args.token_tiles * T::TOKENS, max(0, args.m - T::TOKENS)); };
+    const auto sync_blocks = [] {
+        if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
+            ptx::cluster_arrive();
+            ptx::cluster_wait();
+        } else {
+            __syncthreads();
+        }
+    };
+
+    if (threadIdx.x >= 128 * T::WARPGROUPS + 32) {  // the tokens' warp
+        sync_blocks();
+        ptx::wait_for_dependencies();
+        if (thread == 32) {
+            const uint64_t policy = args.stream_weight ? ptx::policy_evict_last() : ptx::policy_evict_normal();
+            const int brick_bytes = args.x_rows * T::CLUSTER * kBrickColumns;
+            const uint32_t block_base = stage_base + rank * args.x_rows * kBrickColumns;
+            Ring<T::STAGES> ring(1);
+            for (int tile = worker; tile < args.tiles; tile += workers) {
+                const int row = first_token(tile) + rank * args.x_rows;
+                for (int c = first; c < last; ++c, ring.advance()) {
+                    const uint32_t barrier = full + ring.stage * 8, destination = block_base + ring.stage * T::STAGE_BYTES;
+                    ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                    ptx::barrier_arrive_expect(barrier, brick_bytes * T::BRICKS);
+                    for (int b = 0; b < T::BRICKS; b += args.x_planes ? T::BRICKS : 1) {
+                        const int brick = c * T::BRICKS + b;
+                        const int column = args.x_planes ? 0 : brick * kBrickColumns, plane = args.x_planes ? brick : 0;
+                        if constexpr (T::CLUSTER == 1) {
+                            ptx::copy_tile(destination + b * brick_bytes, &x_map, column, row, plane, barrier, policy);
+                        } else {
+                            ptx::copy_tile_multicast(destination + b * brick_bytes, &x_map, column, row, plane, barrier,
+                                                     ((1 << T::CLUSTER) - 1) << (split_rank * T::CLUSTER), policy);
+                        }
+                    }
+                }
+            }
+            // This block's memory must outlive what the others of the cluster still send to it: their last releases.
+            if constexpr (T::CLUSTER > 1) {
+                for (int s = 0; s < T::STAGES; ++s, ring.advance()) ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+            }
+        }
+        __syncwarp();
+    } else if (threadIdx.x >= 128 * T::WARPGROUPS) {  // the weight's warp
+        const uint64_t policy = args.stream_weight ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+        Ring<T::STAGES> ring(1);
+        int tile = worker, column = first;
+        const uint8_t* source[T::WARPGROUPS];
+        const auto begin_tile = [&] {
+            column = first;
+#pragma unroll
+            for (int g = 0; g < T::WARPGROUPS; ++g) {
+                // Padding tiles beyond the weight read its last one; nothing of them is stored.
+                const int f = min(feature_tile(tile, g), args.feature_tiles - 1);
+                source[g] = args.weight + (int64_t(f) * args.column_tiles + first) * T::W_SLICE;
+            }
+        };
+        const auto load = [&] {
+            const uint32_t barrier = full + ring.stage * 8;
+            ptx::barrier_arrive_expect(barrier, T::W_SLICE * T::WARPGROUPS);
+#pragma unroll
+            for (int g = 0; g < T::WARPGROUPS; ++g) {
+                ptx::copy_bulk(stage_base + ring.stage * T::STAGE_BYTES + T::X_BYTES + g * T::W_SLICE, source[g], T::W_SLICE, barrier,
+                               policy);
+                source[g] += T::W_SLICE;
+            }
+            ring.advance();
+            if (++column == last) {
+                tile += workers;
+                begin_tile();
+            }
+        };
+        const bool leader = thread == 0 && first < last;
+        if (thread == 0) {
+            for (int s = 0; s < T::STAGES; ++s) {
+                ptx::barrier_init(full + s * 8, 2);
+                ptx::barrier_init(empty + s * 8, 4 * T::WARPGROUPS * T::CLUSTER);
+            }
+            if constexpr (T::SPLIT > 1) {
+                ptx::barrier_init(exchange_barriers, 1);
+                ptx::barrier_init(exchange_barriers + 8, max(1, Exchange<T>::drains(split_rank)));
+            }
+            ptx::barrier_init_fence();
+        }
+        // The first loads of the weight depend on no other kernel: they start before anything else happens.
+        if (leader) {
+            begin_tile();
+            for (int s = 0; s < T::STAGES && tile < args.tiles; ++s) load();
+            ptx::prefetch_map(&x_map);
+        }
+        __syncwarp();
+        sync_blocks();
+        ptx::launch_dependents();
+        if (leader) {
+            while (tile < args.tiles) {
+                ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                load();
+            }
+        }
+        __syncwarp();
+    } else {  // the consumers
+        sync_blocks();
+        ptx::wait_for_dependencies();
+        const int lane = thread % 32;
+        const int x_brick = args.x_rows * T::CLUSTER * kBrickColumns;
+        float d[T::ACCUMULATORS];
+        Ring<T::STAGES> ring(0);
+        Exchange<T> exchange{reinterpret_cast<float4*>(exchange_buffer), exchange_barriers, exchange_barriers + 8, split_rank, rank};
+        const auto release = [&](int stage) {
+            if constexpr (T::CLUSTER == 1) {
+                if (lane == 0) ptx::barrier_arrive(empty + stage * 8);
+            } else {
+                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + stage * 8, split_rank * T::CLUSTER + lane);
+            }
+        };
+        const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {
+            uint8_t* const buffers = staging + T::OUT_BUFFERS * warpgroup * T::OUT_BYTES;
+            if constexpr (T::STORES_TILES) {
+                store_out(&out_map, feature_begin, token_begin, warpgroup, thread, buffers, converter, d);
+            } else {
+                write_out(args, feature_begin, token_begin, thread, buffers, converter, d);
+            }
+        };
+        for (int tile = worker; tile < args.tiles; tile += workers) {
+            const int feature_begin = feature_tile(tile, warpgroup) * 64;
+            const int token_begin = first_token(tile) + split_rank * T::OUT_TOKENS;
+            const bool stores = split_rank < T::OWNERS && feature_begin < args.n;
+            if (stores) {
+                ptx::sync_warpgroup(1 + warpgroup);  // the previous tile's scales have been read
+                scales[warpgroup].fetch(args, feature_begin, token_begin, thread);
+            }
+#pragma unroll
+            for (int i = 0; i < T::ACCUMULATORS; ++i) d[i] = 0.f;
+            int previous = -1;
+            // Metadata registers of a batch may not change before it has finished: two sets, one batch in flight.
+            uint2 even[T::BRICKS], odd[T::BRICKS];
+            const auto step = [&](uint2(&metadata)[T::BRICKS]) {
+                const uint32_t base = stage_base + ring.stage * T::STAGE_BYTES;
+                const uint32_t w = base + T::X_BYTES + warpgroup * T::W_SLICE;
+                ptx::barrier_wait(full + ring.stage * 8, ring.parity);
+#pragma unroll
+                for (int b = 0; b < T::BRICKS; ++b) {
+                    metadata[b] = *reinterpret_cast<const uint2*>(stages + (w - stage_base) + b * kBrickBytes + 4096 + thread * 8);
+                }
+                wgmma::fence();
+#pragma unroll
+                for (int b = 0; b < T::BRICKS; ++b) {
+                    const uint64_t a = wgmma::plain_descriptor(w + b * kBrickBytes, 128, 256);
+                    const uint64_t x = wgmma::swizzled_128_descriptor(base + b * x_brick);
+                    wgmma::multiply(d, a, x, metadata[b].x);
+                    wgmma::multiply(d, a + (2048 >> 4), x + (64 >> 4), metadata[b].y);
+                }
+                wgmma::commit();
+                wgmma::wait<1>();
+                if (previous >= 0) release(previous);
+                previous = ring.stage;
+                ring.advance();
+            };
+            int c = first;
+            for (; c + 1 < last; c += 2) {
+                step(even);
+                step(odd);
+            }
+            if (c < last) step(even);
+            wgmma::wait<0>();
+            if (previous >= 0) release(previous);
+
+            if constexpr (T::SPLIT > 1) exchange.reduce(warpgroup * 128 + thread, d);
+            if (stores) {
+                ptx::copy_async_wait();
+                if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
+                ptx::sync_warpgroup(1 + warpgroup);
+                if (args.half_out) {
+                    finish(Converter<T, Float16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
+                } else {
+                    finish(Converter<T, BFloat16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
+                }
+            }
+        }
+        if constexpr (T::STORES_TILES) ptx::store_wait_read<0>();
+        if constexpr (T::SPLIT > 1) exchange.wait_until_drained();  // as above: the last arrivals from others
+    }
+}
+
+}  // namespace vllm_sparse::fp8
