@@ -33,9 +33,9 @@ void linear(const cpu::Tier& tier, cpu::Format format, std::int64_t n, std::int6
             Pointer panels, Pointer group_scales, cpu::Dtype group_scale_dtype, Pointer channel_scales, Pointer sums,
             Pointer x, cpu::Dtype dtype, std::int64_t m, std::int64_t stride, Pointer input_scale, Pointer y,
             Pointer bias) {
-    const cpu::Quantize quantize = format == cpu::Format::int8  ? cpu::Quantize::int8
-                                   : format == cpu::Format::fp8 ? cpu::Quantize::fp8
-                                                                : cpu::Quantize::none;
+    cpu::Quantize quantize = cpu::Quantize::none;
+    if (cpu::takes_int8(format)) quantize = cpu::Quantize::int8;
+    if (format == cpu::Format::fp8) quantize = cpu::Quantize::fp8;
     const cpu::Weight weight{format,
                              n,
                              k,
@@ -44,7 +44,7 @@ void linear(const cpu::Tier& tier, cpu::Format format, std::int64_t n, std::int6
                              at<const void>(group_scales),
                              group_scale_dtype,
                              at<const float>(channel_scales),
-                             at<const std::int32_t>(sums)};
+                             at<const void>(sums)};
     const cpu::Input input{at<const void>(x), dtype, m, stride, quantize, at<const float>(input_scale)};
     const cpu::Output output{at<void>(y), dtype, at<const void>(bias)};
     py::gil_scoped_release release;
@@ -61,7 +61,8 @@ PYBIND11_MODULE(_cpu, module) {
         .value("fp8", cpu::Format::fp8)
         .value("w8a16", cpu::Format::w8a16)
         .value("w4a16", cpu::Format::w4a16)
-        .value("int8", cpu::Format::int8);
+        .value("int8", cpu::Format::int8)
+        .value("w4a8", cpu::Format::w4a8);
     py::enum_<cpu::Dtype>(module, "Dtype")
         .value("f32", cpu::Dtype::f32)
         .value("bf16", cpu::Dtype::bf16)

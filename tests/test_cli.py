@@ -6,7 +6,8 @@ from vllm_sparse.errors import FormatError
 
 def test_without_a_command_it_lists_them_and_fails(capsys):
     assert cli.main([]) == 2
-    assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
 
 
 def test_help_and_version_succeed(capsys):

@@ -13,6 +13,7 @@ from vllm_sparse.errors import SparseError
 COMMANDS = {
     "compress": ("vllm_sparse.compress.cli", "make a 2:4 checkpoint from a Hugging Face causal LM"),
     "convert": ("vllm_sparse.formats.convert", "turn any 2:4 checkpoint into the native format, or into a dense one"),
+    "bench": ("vllm_sparse.bench.cli", "measure models side by side: latency, throughput, serving, accuracy"),
     "serve": ("vllm_sparse.serve", "serve a model with vLLM: the same as 'vllm serve'"),
     "inspect": ("vllm_sparse.inspect", "show what is in a checkpoint and which kernels would run it here"),
     "doctor": ("vllm_sparse.doctor", "show versions, hardware and what was built"),

@@ -23,3 +23,7 @@ class OptionError(SparseError, ValueError):
 
 class OutputError(SparseError, OSError):
     """The output cannot be written: it exists, or the disk is full."""
+
+
+class EngineError(SparseError, RuntimeError):
+    """An engine or a server does not load, ended, refuses, or does not answer."""

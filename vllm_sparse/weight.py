@@ -17,7 +17,7 @@ from vllm_sparse.scheme import Scheme, check_group_size
 # Nibble of the lowest two positions that complete a group with the given non-zeros (bit i set: entry i is non-zero).
 # A group with fewer than two non-zeros is filled up with its lowest free positions, so that compression is a function
 # of the dense weight. Masks with three or four bits set are not 2:4 and are rejected before this table is read.
-_POSITIONS_OF_MASK = (4, 4, 4, 4, 8, 8, 9, 4, 12, 12, 13, 4, 14, 4, 4, 4)
+POSITIONS_OF_MASK = (4, 4, 4, 4, 8, 8, 9, 4, 12, 12, 13, 4, 14, 4, 4, 4)
 _VALID_POSITIONS = frozenset((4, 8, 12, 9, 13, 14))
 _ROWS_AT_ONCE = 1 << 24  # entries per block of rows: bounds the int64 index that gather and scatter need
 
@@ -266,7 +266,7 @@ def _compress_rows(dense: Tensor) -> tuple[Tensor, Tensor]:
     groups = _bytes_if_fp8(dense).unflatten(1, (-1, 4))
     weights = torch.tensor([1, 2, 4, 8], dtype=torch.uint8, device=dense.device)
     mask = (nonzero_mask(dense).unflatten(1, (-1, 4)) * weights).sum(-1, dtype=torch.uint8)
-    table = torch.tensor(_POSITIONS_OF_MASK, dtype=torch.uint8, device=dense.device)
+    table = torch.tensor(POSITIONS_OF_MASK, dtype=torch.uint8, device=dense.device)
     nibbles = table[mask.long()]
     index = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).long()
     return groups.gather(-1, index).flatten(1).view(dense.dtype), pack_nibbles(nibbles)

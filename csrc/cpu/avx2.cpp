@@ -71,7 +71,8 @@ const Tier avx2_tier = {
     8,  // sixteen rows of sums would fill the register file
     {VLLM_SPARSE_TILES_8(multiply_float, Avx2, Format::bf16), VLLM_SPARSE_TILES_8(multiply_float, Avx2, Format::fp16),
      VLLM_SPARSE_TILES_8(multiply_float, Avx2, Format::fp8), VLLM_SPARSE_TILES_8(multiply_float, Avx2, Format::w8a16),
-     VLLM_SPARSE_TILES_8(multiply_float, Avx2, Format::w4a16), VLLM_SPARSE_TILES_8(multiply_int8, Avx2)},
+     VLLM_SPARSE_TILES_8(multiply_float, Avx2, Format::w4a16), VLLM_SPARSE_TILES_8(multiply_pairs, Avx2, Format::int8),
+     VLLM_SPARSE_TILES_8(multiply_pairs, Avx2, Format::w4a8)},
     nullptr,
     largest_of_row,
     pack_row,

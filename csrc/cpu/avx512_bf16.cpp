@@ -89,9 +89,12 @@ void multiply_bf16(const Block& b) {
 
 }  // namespace
 
-const Multiply avx512_bf16_multiply[kFormats][kTiles] = {
-    VLLM_SPARSE_TILES_16(multiply_bf16, Format::bf16),  {},
-    VLLM_SPARSE_TILES_16(multiply_bf16, Format::fp8),   VLLM_SPARSE_TILES_16(multiply_bf16, Format::w8a16),
-    VLLM_SPARSE_TILES_16(multiply_bf16, Format::w4a16), {}};
+const Multiply avx512_bf16_multiply[kFormats][kTiles] = {VLLM_SPARSE_TILES_16(multiply_bf16, Format::bf16),
+                                                         {},
+                                                         VLLM_SPARSE_TILES_16(multiply_bf16, Format::fp8),
+                                                         VLLM_SPARSE_TILES_16(multiply_bf16, Format::w8a16),
+                                                         VLLM_SPARSE_TILES_16(multiply_bf16, Format::w4a16),
+                                                         {},
+                                                         {}};
 
 }  // namespace vllm_sparse::cpu

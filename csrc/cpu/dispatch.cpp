@@ -3,6 +3,10 @@
 
 #include "linear.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace vllm_sparse::cpu {
 namespace {
 
@@ -30,6 +34,17 @@ const Tier& avx512_bf16_tier() {
     return tier;
 }
 
+#elif defined(__aarch64__)
+
+bool has_dot_products() {
+#if defined(__linux__)
+    constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+    return getauxval(AT_HWCAP) & kDotProducts;
+#else
+    return true;  // every Apple processor that runs macOS
+#endif
+}
+
 #endif
 
 }  // namespace
@@ -40,6 +55,8 @@ std::vector<const Tier*> available_tiers() {
     if (has_avx512_bf16()) tiers.push_back(&avx512_bf16_tier());
     if (has_avx512()) tiers.push_back(&avx512_tier);
     if (has_avx2()) tiers.push_back(&avx2_tier);
+#elif defined(__aarch64__)
+    if (has_dot_products()) tiers.push_back(&neon_tier);
 #endif
     tiers.push_back(&scalar_tier);
     return tiers;

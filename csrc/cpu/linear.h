@@ -23,7 +23,7 @@ struct Weight {
     const void* group_scales;    // [stripes][k / group_size][16], or null
     Dtype group_scale_dtype;
     const float* channel_scales;  // [stripes * 16], or null
-    const std::int32_t* sums;     // [stripes * 16], Format::int8: the sum of each channel's values
+    const void* sums;  // [stripes * 16], int32 for Format::int8: of each channel's values; see linear for w4a8
 };
 
 // What is multiplied: x [m, k] with rows `stride` elements apart.
@@ -49,7 +49,8 @@ std::int64_t packed_bytes(Format format, std::int64_t n, std::int64_t k);
 void pack(Format format, std::int64_t n, std::int64_t k, const void* values, const std::uint8_t* positions,
           std::uint8_t* panels, std::int32_t* sums);
 
-// y = x * weight^T + bias, in one parallel region of the caller's OpenMP.
+// y = x * weight^T + bias, in one parallel region of the caller's OpenMP. Format::w4a8 multiplies 16 times the 4-bit
+// values; its sums, float, are those of 16 * value * group scale (without group scales, of 16 * value).
 void linear(const Tier& tier, const Weight& weight, const Input& input, const Output& output);
 
 }  // namespace vllm_sparse::cpu

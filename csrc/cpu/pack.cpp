@@ -22,14 +22,16 @@ void pack_channel(Format format, const std::uint8_t* values, const std::uint8_t*
                 std::memcpy(&word, values + 2 * (2 * g + e), sizeof word);
                 value = word;
             }
-            if (format == Format::int8) {
-                metadata |= position << (16 * (g % 2) + 8 * e + 2 * (g / 2));
-                lines[g / 2] |= value << (16 * (g % 2) + 8 * e);
-                sum += static_cast<std::int8_t>(value);
+            if (format == Format::int8) sum += static_cast<std::int8_t>(value);
+            value &= (1u << bits) - 1;
+            if (takes_int8(format)) {
+                const int per_line = 8 / bits, pair = g / 2, byte = 2 * (g % 2) + e;
+                metadata |= position << (8 * byte + 2 * pair);
+                lines[pair / per_line] |= value << (8 * byte + bits * (pair % per_line));
             } else {
                 const int per_line = 16 / bits;
                 metadata |= position << (16 * e + 2 * g);
-                lines[g / per_line] |= (value & ((1u << bits) - 1)) << (16 * e + bits * (g % per_line));
+                lines[g / per_line] |= value << (16 * e + bits * (g % per_line));
             }
         }
     }

@@ -7,9 +7,9 @@
 // Formats that multiply in 16 or 32 bits: half e (16 bits) of a dword belongs to kept value e of a group.
 //   metadata: bits 16e + 2g .. 16e + 2g + 1 = position of kept value e of group g
 //   values:   with b bits each, line g / (16 / b), bits 16e + b * (g % (16 / b)) and up
-// Format int8 multiplies four kept values (two groups, one "pair" j) per dword:
+// Formats that multiply in 8 bits take four kept values (two groups, one pair j) per dword:
 //   metadata: byte i, bits 2j .. 2j + 1 = position of kept value i % 2 of group 2j + i / 2
-//   values:   line j, byte i = that value
+//   values:   that value, int8: line j, byte i; w4a8: line j / 2, the low half of byte i for even j, else the high one
 //
 // Files compiled for one instruction set include only this, <immintrin.h> and headers whose functions are all in
 // unnamed namespaces: an inline function with external linkage, compiled with AVX-512, could be the copy that the
@@ -26,8 +26,8 @@ constexpr int kGroups = kColumns / 4;
 constexpr int kLine = 64;     // bytes of a line: one dword per channel
 constexpr int kMaxRows = 16;  // tokens of the largest tile
 
-enum class Format : int { bf16, fp16, fp8, w8a16, w4a16, int8 };
-constexpr int kFormats = 6;
+enum class Format : int { bf16, fp16, fp8, w8a16, w4a16, int8, w4a8 };
+constexpr int kFormats = 7;
 
 enum class Dtype : int { f32, bf16, fp16 };
 
@@ -41,8 +41,12 @@ enum class Quantize : int { none, int8, fp8 };
 namespace {
 
 constexpr int value_bits(Format format) {
-    return format == Format::bf16 || format == Format::fp16 ? 16 : format == Format::w4a16 ? 4 : 8;
+    if (format == Format::bf16 || format == Format::fp16) return 16;
+    return format == Format::w4a16 || format == Format::w4a8 ? 4 : 8;
 }
+
+// Whether the format multiplies in 8 bits.
+constexpr bool takes_int8(Format format) { return format == Format::int8 || format == Format::w4a8; }
 
 constexpr int panel_bytes(Format format) { return kLine + kColumns / 2 * kChannels * value_bits(format) / 8; }
 
@@ -77,14 +81,15 @@ struct PackRow {
 
 // One row of a finished block: (sum - offset * weight_sum) * row_scale * channel_scale + bias.
 struct FinishRow {
-    const void* sums;                 // [16]
-    const std::int32_t* weight_sums;  // [16] for Format::int8, else null
-    const float* channel_scales;      // [16], or null
-    const void* bias;                 // [count] of dtype, or null
-    void* y;                          // [count]
-    int count;                        // channels of the stripe that exist
+    const void* sums;             // [16]
+    const void* weight_sums;      // [16], int32 for Format::int8, float for Format::w4a8, else null
+    const float* channel_scales;  // [16], or null
+    const void* bias;             // [count] of dtype, or null
+    void* y;                      // [count]
+    int count;                    // channels of the stripe that exist
     float row_scale;
     int offset;
+    bool integer;  // sums and weight_sums are int32
     Dtype dtype;
 };
 
@@ -109,6 +114,8 @@ extern const Tier scalar_tier;
 extern const Tier avx2_tier;
 extern const Tier avx512_tier;
 extern const Multiply avx512_bf16_multiply[kFormats][kTiles];
+#elif defined(__aarch64__)
+extern const Tier neon_tier;
 #endif
 
 }  // namespace vllm_sparse::cpu

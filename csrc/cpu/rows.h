@@ -169,11 +169,16 @@ inline void add_bias(const FinishRow& f, float* y) {
 
 void finish_row(const FinishRow& f) {
     alignas(64) float y[kChannels];
-    if (f.weight_sums) {
+    if (f.integer) {
         const std::int32_t* sums = static_cast<const std::int32_t*>(f.sums);
-        for (int i = 0; i < kChannels; ++i) y[i] = static_cast<float>(sums[i] - f.offset * f.weight_sums[i]);
+        const std::int32_t* weight_sums = static_cast<const std::int32_t*>(f.weight_sums);
+        for (int i = 0; i < kChannels; ++i) y[i] = static_cast<float>(sums[i] - f.offset * weight_sums[i]);
     } else {
         std::memcpy(y, f.sums, sizeof y);
+    }
+    if (f.weight_sums && !f.integer) {
+        const float* weight_sums = static_cast<const float*>(f.weight_sums);
+        for (int i = 0; i < kChannels; ++i) y[i] -= static_cast<float>(f.offset) * weight_sums[i];
     }
     for (int i = 0; i < kChannels; ++i) y[i] *= f.row_scale;
     if (f.channel_scales)

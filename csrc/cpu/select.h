@@ -117,38 +117,62 @@ void multiply_float(const Block& b) {
     }
 }
 
-// int8 activations [k / 8][rows][8] and values, exact int32 sums.
-template <class V, int rows>
-void multiply_int8(const Block& b) {
+// The four kept values of pair j, one per byte. 4-bit ones come out times 16: their sign needs no extension that way.
+template <class V, Format format, int j>
+VLLM_SPARSE_INLINE typename V::Int decode_pair(const std::uint8_t* values) {
+    if constexpr (format == Format::int8) return V::load(values + kLine * j);
+    const typename V::Int halves = V::load(values + kLine * (j / 2));
+    return V::and_(j % 2 ? halves : V::template shl<4>(halves), 0xf0f0f0f0u);
+}
+
+// int8 activations [k / 8][rows][8], exact int32 sums.
+template <class V, Format format, int rows>
+VLLM_SPARSE_INLINE void accumulate_pairs(const std::uint8_t* weight, const std::uint8_t* x, std::int64_t panels,
+                                         typename V::Int (&sums)[rows]) {
     constexpr int chains = rows == 1 ? 4 : rows <= 4 ? 2 : 1;
-    const std::int64_t run = V::lanes == kChannels ? b.panels : kRun;
-    for (std::int64_t first = 0; first < b.panels; first += run) {
-        const std::int64_t count = b.panels - first < run ? b.panels - first : run;
-        for (int c = 0; c < kChannels; c += V::lanes) {
-            const std::uint8_t* weight = b.weight + first * panel_bytes(Format::int8) + 4 * c;
-            const std::uint8_t* x = static_cast<const std::uint8_t*>(b.activations) + first * kColumns * rows;
-            typename V::Int sums[chains][rows];
+    typename V::Int partial[chains][rows];
 #pragma GCC unroll 4
-            for (int i = 0; i < chains; ++i)
+    for (int i = 0; i < chains; ++i)
 #pragma GCC unroll 16
-                for (int r = 0; r < rows; ++r) sums[i][r] = V::zero_int();
-            for (std::int64_t p = 0; p < count; ++p, weight += panel_bytes(Format::int8), x += kColumns * rows) {
-                fetch_ahead<Format::int8>(weight);
-                const typename V::Int positions = V::load(weight);
-                each<kGroups / 2>([&](auto index) __attribute__((always_inline)) {
-                    constexpr int j = decltype(index)::value;
-                    const typename V::Int picks = V::pair_positions(V::template shr<2 * j>(positions));
-                    const typename V::Int values = V::load(weight + kLine * (1 + j));
+        for (int r = 0; r < rows; ++r) partial[i][r] = V::zero_int();
+    for (std::int64_t p = 0; p < panels; ++p, weight += panel_bytes(format), x += kColumns * rows) {
+        fetch_ahead<format>(weight);
+        const typename V::Int positions = V::load(weight);
+        each<kGroups / 2>([&](auto index) __attribute__((always_inline)) {
+            constexpr int j = decltype(index)::value;
+            const typename V::Int picks = V::pair_positions(V::template shr<2 * j>(positions));
+            const typename V::Int values = decode_pair<V, format, j>(weight + kLine);
 #pragma GCC unroll 16
-                    for (int r = 0; r < rows; ++r)
-                        sums[j % chains][r] = V::dot(sums[j % chains][r], x + (j * rows + r) * 8, picks, values);
-                });
-            }
-            std::int32_t* total = static_cast<std::int32_t*>(b.sums) + c;
-            for (int r = 0; r < rows; ++r, total += kChannels) {
-                typename V::Int sum = V::add_int(V::load(total), sums[0][r]);
-                for (int i = 1; i < chains; ++i) sum = V::add_int(sum, sums[i][r]);
-                V::store(total, sum);
+            for (int r = 0; r < rows; ++r)
+                partial[j % chains][r] = V::dot(partial[j % chains][r], x + (j * rows + r) * 8, picks, values);
+        });
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+        sums[r] = partial[0][r];
+#pragma GCC unroll 4
+        for (int i = 1; i < chains; ++i) sums[r] = V::add_int(sums[r], partial[i][r]);
+    }
+}
+
+template <class V, Format format, int rows>
+void multiply_pairs(const Block& b) {
+    const std::int64_t whole = V::lanes == kChannels ? b.panels : kRun;
+    const std::int64_t run = b.scales ? b.group_panels : whole;
+    for (std::int64_t p = 0, group = 0; p < b.panels; p += run, ++group) {
+        const std::int64_t count = b.panels - p < run ? b.panels - p : run;
+        const std::uint8_t* x = static_cast<const std::uint8_t*>(b.activations) + p * kColumns * rows;
+        for (int c = 0; c < kChannels; c += V::lanes) {
+            typename V::Int sums[rows];
+            accumulate_pairs<V, format, rows>(b.weight + p * panel_bytes(format) + 4 * c, x, count, sums);
+            if constexpr (format == Format::int8) {
+                std::int32_t* total = static_cast<std::int32_t*>(b.sums) + c;
+                for (int r = 0; r < rows; ++r, total += kChannels) V::store(total, V::add_int(V::load(total), sums[r]));
+            } else {
+                const typename V::Float scale = b.scales ? load_scales<V>(b, group * kChannels + c) : V::one();
+                float* total = static_cast<float*>(b.sums) + c;
+                for (int r = 0; r < rows; ++r, total += kChannels)
+                    V::store_float(total, V::fma(V::to_float(sums[r]), scale, V::load_float(total)));
             }
         }
     }

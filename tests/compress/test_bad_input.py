@@ -105,9 +105,12 @@ def test_a_tensor_of_wrong_shape(tiny, tmp_path, text):
     ("options", "match"),
     [
         ({"scheme": "w5"}, "unknown scheme 'w5': expected one of bf16, fp8, int8, w4a16, w8a16"),
-        ({"pruner": "random"}, "unknown pruner 'random': expected one of sparsegpt, wanda, magnitude, none"),
+        ({"pruner": "random"}, "unknown pruner 'random': expected one of admm, sparsegpt, wanda, magnitude, none"),
         ({"quantizer": "awq"}, "unknown quantizer 'awq': expected one of gptq, joint, rtn"),
-        ({"quantizer": "joint", "pruner": "magnitude"}, "quantizer joint is SparseGPT's own pass"),
+        (
+            {"quantizer": "joint", "pruner": "magnitude"},
+            "quantizer joint is a mode of pruner sparsegpt and cannot follow magnitude",
+        ),
         ({"group_size": 48}, "group size 48 does not fit scheme w4a16: expected -1, 32, 64, 128"),
         ({"group_size": 64}, "down_proj: group size 64 does not divide the 96 input features"),
         ({"scheme": "fp8"}, "group size 32 does not fit scheme fp8: expected -1, since it has one scale per channel"),
@@ -126,7 +129,7 @@ def test_options(tiny, tmp_path, text, options, match):
 
 
 def test_calibration_is_asked_for_where_it_is_needed(tiny, tmp_path):
-    fails(OptionError, "pruner sparsegpt with quantizer gptq needs calibration text", tiny, tmp_path)
+    fails(OptionError, "pruner admm with quantizer gptq needs calibration text", tiny, tmp_path)
 
 
 @pytest.mark.parametrize(

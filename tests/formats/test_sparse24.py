@@ -158,5 +158,6 @@ def test_missing_tensors_are_named():
         form.to_weight("model.q_proj", tensors, [4])
     with pytest.raises(FormatError, match=r"model.q_proj: the layer has none of the tensors of format sparse24"):
         form.to_weight("model.q_proj", {}, [4])
+    form, tensors = changed("weight_scale", torch.ones(4, 2))
     with pytest.raises(FormatError, match=r"model.q_proj: the tensors have 4 output features, the model 8"):
         form.to_weight("model.q_proj", tensors, [4, 4])

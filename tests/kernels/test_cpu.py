@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import OptionError
-from vllm_sparse.kernels import cpu
+from vllm_sparse.kernels import choose_kernel, cpu
 from vllm_sparse.kernels.reference import quantize_activations
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight, pack_nibbles
@@ -236,6 +236,33 @@ def test_thread_counts(tier: str, threads: int) -> None:
     assert all(
         torch.equal(a, b) for row, wanted in zip(got, want, strict=True) for a, b in zip(row, wanted, strict=True)
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [-1, 32, 128])
+def test_w4a8_is_w4a16_with_int8_activations(tier: str, group_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(10)
+    kernel = cpu.CpuW4A8Kernel()
+    for m, n, k in ((1, 40, 1152), (2, 16, 128), (16, 33, 384), (20, 48, 2176)):
+        weight = random_weight("w4a16", n, k, torch.int8, group_size, DTYPES[m % 3])
+        spec, x, bias = weight.spec(dtype), torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+        codes, scale = quantize_activations(x, torch.int8, None)
+        want = (codes.double() * scale.double()) @ weight.to_dense(torch.float64).T + bias.double()
+        y = kernel.apply(spec, kernel.prepare(spec, weight), x, None, bias)
+        # Unsigned codes add 128 times the weights' sums and take them away again: float32 loses a little of the result.
+        assert (y.double() - want).norm() <= max(TOLERANCE[dtype], 4e-6) * want.norm()
+
+
+def test_w4a8_runs_only_when_asked_for() -> None:
+    spec = LinearSpec(get_scheme("w4a16"), 16, 64, 32, torch.bfloat16, torch.bfloat16)
+    assert choose_kernel(spec, torch.device("cpu")).name == "cpu"
+    assert choose_kernel(spec, torch.device("cpu"), only="cpu_w4a8").name == "cpu_w4a8"
+
+
+def test_w4a8_is_for_w4a16_alone() -> None:
+    spec = LinearSpec(get_scheme("fp8"), 16, 64, -1, torch.bfloat16, torch.float32)
+    reason = cpu.CpuW4A8Kernel().reason_against(spec, torch.device("cpu"))
+    assert reason == "quantizes the activations of scheme w4a16, not of fp8"
 
 
 def test_packed_tensors_follow_from_the_spec() -> None:

@@ -26,16 +26,14 @@ def vllm_context(monkeypatch: pytest.MonkeyPatch) -> VllmContext:
     from vllm.model_executor.layers import linear
 
     @contextmanager
-    def context(
-        rank: int = 0, size: int = 1, options: dict[str, Any] | None = None, load_format: str = "auto"
-    ) -> Iterator[None]:
+    def context(rank: int = 0, size: int = 1, options: Any = None, load_format: str = "auto") -> Iterator[None]:
         for module in (parameter, linear):
             monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
             monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
         monkeypatch.setattr(linear, "tensor_model_parallel_all_reduce", lambda x: x)
-        config = VllmConfig(
-            load_config=LoadConfig(load_format=load_format), additional_config={"sparse24": options or {}}
-        )
+        if options is None or isinstance(options, dict):
+            options = {"kernel": "reference"} | (options or {})  # the same result whatever was built
+        config = VllmConfig(load_config=LoadConfig(load_format=load_format), additional_config={"sparse24": options})
         with set_current_vllm_config(config):
             yield
 

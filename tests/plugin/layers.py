@@ -8,12 +8,19 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.formats import Sparse24Format
-from vllm_sparse.plugin.made_up import prune_to_two_of_four, quantize_at_load
+from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import Sparse24Weight
 
 PARTS = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 SHARDS = {"qkv_proj": ["q", "k", "v"], "gate_up_proj": [0, 1]}
+
+
+def prune_to_two_of_four(dense: Tensor) -> Tensor:
+    """Return ``dense`` with the two smallest of every four along the last dimension set to zero."""
+    groups = dense.unflatten(-1, (-1, 4))
+    smallest = groups.abs().argsort(dim=-1, stable=True)[..., :2]
+    return groups.scatter(-1, smallest, 0).flatten(-2)
 
 
 def random_dense(n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -32,7 +39,9 @@ def random_hub(n: int, k: int, scheme: str, seed: int = 0, input_scale: float | 
 
 def format_of(weight: Sparse24Weight, ignore: tuple[str, ...] = ()) -> Sparse24Format:
     """Return the native format that stores ``weight``."""
-    return Sparse24Format(weight.scheme, weight.group_size, "float32", weight.input_scale is not None, ignore)
+    return Sparse24Format(
+        weight.scheme, group_size=weight.group_size, static_input=weight.input_scale is not None, ignore=ignore
+    )
 
 
 def load(layer: Any, tensors: dict[str, Tensor], shard: Any = None) -> None:

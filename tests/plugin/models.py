@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
+from tests.plugin.layers import prune_to_two_of_four
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.formats.checkpoint import CheckpointWriter
-from vllm_sparse.plugin.made_up import prune_to_two_of_four, quantize_at_load
+from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import Sparse24Weight
 
@@ -103,7 +104,7 @@ def save_native(
     """Write ``model`` as a native checkpoint; give ``model`` itself the dequantized weights in float32; return both."""
     weights = {name: w for name, w in compress(model, scheme_name, static).items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
-    fmt = Sparse24Format(SCHEMES[scheme_name], group_size, "float32", static, ignore)
+    fmt = Sparse24Format(SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore)
     state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")

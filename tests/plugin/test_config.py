@@ -50,7 +50,7 @@ def test_config_that_is_not_ours_says_so() -> None:
 
     with pytest.raises(UnsupportedError, match=r"quant_method 'fp8', format None.* is none of the 2:4 formats"):
         Sparse24Config.from_config(FP8)
-    with pytest.raises(FormatError, match="unknown scheme 'w3'"):
+    with pytest.raises(FormatError, match="scheme 'w3' is not one of"):
         Sparse24Config.from_config(NATIVE | {"scheme": "w3"})
 
 
@@ -130,7 +130,7 @@ def test_scheme_option_needs_a_dense_checkpoint(vllm_context: VllmContext) -> No
 
 def test_kernel_can_be_forced(vllm_context: VllmContext) -> None:
     with vllm_context(options={"kernel": "reference"}):
-        assert layer_method(new_config(None), "down_proj") == "Sparse24OnlineLinearMethod"
+        assert layer_method(new_config(None), "down_proj") == "Sparse24DetectedLinearMethod"
 
 
 def test_registration_is_idempotent_and_known_to_vllm() -> None:

@@ -82,7 +82,7 @@ def test_shards_of_output_features_hold_the_whole(vllm_context: VllmContext, kin
 
 
 def packed_of(layer: Any) -> dict[str, Tensor]:
-    return {name: getattr(layer, name) for name in layer.quant_method._packed_names}
+    return {name: getattr(layer, attribute) for name, attribute in layer.quant_method._attributes.items()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -145,6 +145,20 @@ def test_kernel_that_takes_codes_gets_them(vllm_context: VllmContext) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_best_kernel_of_this_machine_agrees_and_is_found_by_lora(vllm_context: VllmContext, scheme: str) -> None:
+    from vllm.lora.layers.utils import _get_lora_device
+
+    (weight,) = part_weights("gate", scheme)
+    with vllm_context(options={"kernel": None}):
+        layer = loaded_layer("gate", [weight])
+    identity = torch.eye(HIDDEN, dtype=torch.bfloat16)
+    torch.testing.assert_close(
+        layer.quant_method.apply(layer, identity).T.float(), weight.to_dense(), rtol=1e-2, atol=1e-6
+    )
+    assert _get_lora_device(layer) == layer.weight_packed.device
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_dummy_load_makes_a_valid_weight(vllm_context: VllmContext, scheme: str) -> None:
     with vllm_context(load_format="dummy"):
         layer = make("qkv_proj", new_config(format_of(part_weights("qkv_proj", scheme)[0])))
@@ -202,12 +216,12 @@ def test_shard_that_does_not_divide_gives_the_sizes(vllm_context: VllmContext) -
     arguments = {"bias": False, "params_dtype": torch.bfloat16, "prefix": "layers.0.down_proj"}
     with vllm_context(0, 2):
         config = new_config(format_of(random_hub(64, 264, "bf16")))
-        message = "splits its 264 input features into 132 per rank, which is not a multiple of 8"
+        message = r"cuts a \[64, 264\] layer so that a rank gets 132 input features of a part, .* multiple of 8 as"
         with pytest.raises(UnsupportedError, match=message):
             RowParallelLinear(264, 64, quant_config=config, **arguments)
     with vllm_context(0, 4):
         config = new_config(format_of(random_hub(64, 256, "w4a16")))
-        message = "splits its 256 input features into 64 per rank: .*group size 128 does not divide the 64"
+        message = r"cuts a \[64, 256\] layer so that a rank gets \[64, 64\]: .*group size 128 does not divide the 64"
         with pytest.raises(UnsupportedError, match=message):
             RowParallelLinear(256, 64, quant_config=config, **arguments)
 
@@ -225,7 +239,9 @@ def test_dense_checkpoint_is_compressed_as_it_arrives(vllm_context: VllmContext)
     assert layer.weight_packed.shape == (512, HIDDEN // 2)
     got = layer.quant_method.apply(layer, torch.eye(HIDDEN, dtype=torch.bfloat16)).T
     assert torch.equal(got, torch.cat([gate, up]))
-    assert config.report.lines() == ["sparse24: 1 of 1 linear layers run 2:4, scheme bf16, kernel reference"]
+    assert config.report.lines() == [
+        "sparse24: 1 of 1 linear layers run 2:4, scheme bf16, kernel reference, 0.29 MB packed"
+    ]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[1:])
@@ -251,7 +267,7 @@ def test_dense_layer_that_is_not_sparse_stays_dense_and_is_counted(vllm_context:
         out = layers[1].quant_method.apply(layers[1], torch.ones(1, HIDDEN, dtype=torch.bfloat16))
     assert torch.equal(out, torch.full((1, 256), float(HIDDEN), dtype=torch.bfloat16))
     assert config.report.lines() == [
-        "sparse24: 1 of 2 linear layers run 2:4, scheme bf16, kernel reference",
+        "sparse24: 1 of 2 linear layers run 2:4, scheme bf16, kernel reference, 0.15 MB packed",
         "sparse24: 1 not 2:4, served dense: layers.0.gate",
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,10 +37,14 @@ class BlockHessians:
         """Forget the inputs of this forward pass; a later tensor may live at the same address."""
         self._seen.clear()
 
-    def of(self, name: str) -> tuple[Tensor | None, int]:
-        """Return H of a layer's inputs and its number of tokens; (None, 0) when no token reached it."""
-        hessian = self._hessians.get(self._leader.get(name, name))
-        return (None, 0) if hessian is None else (hessian.matrix(name), hessian.tokens)
+    def groups(self) -> Iterator[tuple[list[str], Tensor | None, int]]:
+        """Yield the layers that share an input, its H, and its number of tokens: (None, 0) when there were none."""
+        members: dict[str, list[str]] = {}
+        for name in self._linears:
+            members.setdefault(self._leader.get(name, name), []).append(name)
+        for leader, names in members.items():
+            hessian = self._hessians.get(leader)
+            yield (names, None, 0) if hessian is None else (names, hessian.matrix(leader), hessian.tokens)
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

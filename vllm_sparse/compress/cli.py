@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model directory or Hugging Face id")
     parser.add_argument("-o", "--output", required=True, help="directory to write")
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (default w4a16)")
-    parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default sparsegpt)")
+    parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default admm)")
     parser.add_argument("--quantizer", help=f"{', '.join(QUANTIZERS)} (default gptq)")
     parser.add_argument(
         "--group-size", type=int, help="input features per scale, -1 per channel (default 128 for weight-only schemes)"
     )
-    parser.add_argument("--iterations", type=int, help="of least squares on the kept weights (default 40; 0 for none)")
+    parser.add_argument("--iterations", type=int, help="of least squares on the kept weights (default 20; 0 for none)")
     parser.add_argument("--dampening", type=float, help="share of H's mean diagonal added to it (default 0.01)")
     parser.add_argument("--ignore", nargs="+", help="layers that stay dense: names, or re: and a regular expression")
     parser.add_argument("--calibration", help="text file, directory, .jsonl file or Hugging Face dataset id")

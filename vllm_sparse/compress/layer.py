@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vllm_sparse.compress.admm import admm
 from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.gptq import gptq, round_to_nearest
 from vllm_sparse.compress.grid import search_grid
@@ -16,11 +18,8 @@ from vllm_sparse.compress.magnitude import magnitude_mask, wanda_mask
 from vllm_sparse.compress.recipe import Recipe
 from vllm_sparse.compress.sparsegpt import sparsegpt
 from vllm_sparse.scheme import get_scheme
-from vllm_sparse.weight import Sparse24Weight, count_violations, nonzero_mask
+from vllm_sparse.weight import Sparse24Weight, nonzero_mask
 
-# Least squares fits the calibration inputs more closely than OBS does; a tenth of the dampening is where held-out
-# error stopped falling on the test model (docs/decisions).
-_SQUARES_DAMPENING = 0.1
 _SWEEPS = 3  # of coordinate descent after GPTQ; what a fourth gains is in the noise
 
 
@@ -51,75 +50,79 @@ class LayerReport:
     note: str = ""
 
 
-def compress_layer(
-    name: str, weight: Tensor, h: Tensor | None, tokens: int, recipe: Recipe, value_dtype: torch.dtype
-) -> tuple[Sparse24Weight, Tensor, LayerReport]:
-    """Prune and quantize one weight.
+def compress_layers(
+    weights: Mapping[str, Tensor], h: Tensor | None, tokens: int, recipe: Recipe, value_dtype: torch.dtype
+) -> Iterator[tuple[Sparse24Weight, Tensor, LayerReport]]:
+    """Prune and quantize the weights of layers that have the same input, all rows at once.
 
     Args:
-        weight: float32 ``[n, k]``.
-        h: H float32 ``[k, k]`` of its inputs, or None when the recipe needs none or no token reached the layer.
+        weights: float32 ``[n, k]`` by layer name, of one k.
+        h: H float32 ``[k, k]`` of their input, or None when the recipe needs none or no token reached the layers.
         tokens: how many tokens ``h`` saw.
         value_dtype: bf16 or fp16, for the scheme that does not quantize.
 
-    Returns:
-        The hub weight, its dequantized dense form float32 ``[n, k]``, and the report.
+    Yields:
+        For each layer the hub weight, its dequantized dense form float32 ``[n, k]``, and the report.
     """
-    note = ""
-    if h is not None and tokens < weight.shape[1]:
-        note = f"only {tokens} calibration tokens for {weight.shape[1]} inputs"
-    if h is None and recipe.needs_calibration:
-        note = "no calibration token reached it: pruned by magnitude, rounded to nearest"
-    damped = None if h is None else damp(h, recipe.dampening, name)
+    names = ", ".join(weights)
+    weight = torch.cat(list(weights.values()))
+    damped = None if h is None else damp(h, recipe.dampening, names)
     if damped is not None and bool(damped.dead.any()):
         weight = weight.masked_fill(damped.dead, 0)
-    if damped is not None and damped.dampening > recipe.dampening:
-        note = f"dampening raised to {damped.dampening:g}" + (f"; {note}" if note else "")
-    sparse, mask, ratio = _prune(weight, h, damped, recipe)
-    hub = _quantize(name, weight, sparse, mask, damped, recipe, value_dtype)
-    dense = hub.to_dense()
-    error = _relative_error(weight, dense, h)
-    zeros = 1 - float(nonzero_mask(hub.values).sum()) / weight.numel()
-    dampening = None if damped is None else damped.dampening
-    report = LayerReport(name, weight.shape[0], weight.shape[1], error, ratio, dampening, tokens, zeros, note)
-    return hub, dense, report
-
-
-def _prune(
-    weight: Tensor, h: Tensor | None, damped: Damped | None, recipe: Recipe
-) -> tuple[Tensor, Tensor, float | None]:
-    """Return the pruned weight, its mask and how far it is from the best weights on that mask."""
     if recipe.pruner == "none":
-        return weight, nonzero_mask(weight), None
+        for name, part in weights.items():  # name the layer, before any rounding could hide what is wrong
+            Sparse24Weight.from_dense(part.to(value_dtype), get_scheme("bf16"), layer=name)
+    sparse, mask = _prune(weight, h, damped, recipe)
+    if damped is not None and recipe.squares_iterations:
+        sparse = least_squares(weight, sparse, mask, damped.h, recipe.squares_iterations)
+    hub = _quantize(weight, sparse, mask, damped, recipe, value_dtype)
+    start = 0
+    for name, part in weights.items():
+        rows = slice(start, start + part.shape[0])
+        start = rows.stop
+        ratio = None
+        if damped is not None and recipe.squares_iterations:
+            ratio = optimum_ratio(weight[rows], sparse[rows], mask[rows], damped.h)
+        own = _rows(hub, rows)
+        dense = own.to_dense()
+        yield (
+            own,
+            dense,
+            LayerReport(
+                name,
+                n=part.shape[0],
+                k=part.shape[1],
+                error=_relative_error(part, dense, h),
+                optimum_ratio=ratio,
+                dampening=None if damped is None else damped.dampening,
+                tokens=tokens,
+                zeros=1 - float(nonzero_mask(own.values).sum()) / part.numel(),
+                note=_note(damped, tokens, recipe, part.shape[1]),
+            ),
+        )
+
+
+def _prune(weight: Tensor, h: Tensor | None, damped: Damped | None, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Return a first pruned weight and its mask."""
+    if recipe.pruner == "none":
+        return weight, nonzero_mask(weight)
     if h is None or damped is None or recipe.pruner == "magnitude":
         mask = magnitude_mask(weight)
-        sparse = weight * mask
     elif recipe.pruner == "wanda":
         mask = wanda_mask(weight, h)
-        sparse = weight * mask
+    elif recipe.pruner == "admm":
+        return admm(weight, damped.h)
     else:
-        sparse, mask = sparsegpt(weight, damped.factor)
-    if damped is None or not recipe.squares_iterations:
-        return sparse, mask, None
-    milder = damp(h, damped.dampening * _SQUARES_DAMPENING).h if h is not None else damped.h
-    sparse = least_squares(weight, sparse, mask, milder, recipe.squares_iterations)
-    return sparse, mask, optimum_ratio(weight, sparse, mask, milder)
+        return sparsegpt(weight, damped.factor)
+    return weight * mask, mask
 
 
 def _quantize(
-    name: str,
-    weight: Tensor,
-    sparse: Tensor,
-    mask: Tensor,
-    damped: Damped | None,
-    recipe: Recipe,
-    value_dtype: torch.dtype,
+    weight: Tensor, sparse: Tensor, mask: Tensor, damped: Damped | None, recipe: Recipe, value_dtype: torch.dtype
 ) -> Sparse24Weight:
     scheme = get_scheme(recipe.scheme)
     if not scheme.scaled:
-        return Sparse24Weight.from_dense(sparse.to(value_dtype), scheme, layer=name)
-    if recipe.pruner == "none" and count_violations(sparse):  # say so before any rounding could hide it
-        Sparse24Weight.from_dense(sparse.to(value_dtype), get_scheme("bf16"), layer=name)
+        return Sparse24Weight.from_dense(sparse.to(value_dtype), scheme)
     importance = None if damped is None else damped.h.diagonal()
     grid = search_grid(sparse, scheme, recipe.group, importance, recipe.scale_dtype)
     if damped is None or recipe.quantizer == "rtn":
@@ -129,8 +132,25 @@ def _quantize(
     else:
         rounded = gptq(sparse, damped.h, grid, mask)
         rounded = coordinate_descent(sparse, rounded, damped.h, grid, mask, _SWEEPS)
-    scales = grid.scales.to(recipe.scale_dtype)
-    return Sparse24Weight.from_dense(grid.encode(rounded), scheme, scales, recipe.group, layer=name)
+    return Sparse24Weight.from_dense(grid.encode(rounded), scheme, grid.scales.to(recipe.scale_dtype), recipe.group)
+
+
+def _rows(hub: Sparse24Weight, rows: slice) -> Sparse24Weight:
+    scales = None if hub.scales is None else hub.scales[rows]
+    return replace(hub, values=hub.values[rows], positions=hub.positions[rows], scales=scales)
+
+
+def _note(damped: Damped | None, tokens: int, recipe: Recipe, k: int) -> str:
+    """Return what a reader of the report should know of a layer, or nothing."""
+    if damped is None:
+        missing = "no calibration token reached it: pruned by magnitude, rounded to nearest"
+        return missing if recipe.needs_calibration else ""
+    notes = []
+    if damped.dampening > recipe.dampening:
+        notes.append(f"dampening raised to {damped.dampening:g}")
+    if tokens < k:
+        notes.append(f"only {tokens} calibration tokens for {k} inputs")
+    return "; ".join(notes)
 
 
 def _relative_error(weight: Tensor, dense: Tensor, h: Tensor | None) -> float:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import vllm_sparse
 from vllm_sparse.compress.calibrate import BlockHessians
 from vllm_sparse.compress.calibration import fingerprint, load_calibration
-from vllm_sparse.compress.layer import LayerReport, compress_layer
+from vllm_sparse.compress.layer import LayerReport, compress_layers
 from vllm_sparse.compress.model import BlockCall, BlockModel
 from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe, make_recipe, read_recipe
@@ -160,10 +160,10 @@ class _Job:
                 for x in hidden:
                     calls[x.shape[:2]][index].run(block, x)
                     hessians.end_batch()
-            for name, linear in linears.items():
-                report = self._layer(name, linear, hessians, writer)
-                progress.step(_line(report))
-                yield report
+            for names, h, count in hessians.groups():
+                for report in self._group({name: linears[name] for name in names}, h, count, writer):
+                    progress.step(_line(report))
+                    yield report
             hidden = [calls[x.shape[:2]][index].run(block, x) for x in hidden]
             self._model.release(index)
 
@@ -186,15 +186,18 @@ class _Job:
         writer.flush()
         return self._bytes
 
-    def _layer(self, name: str, linear: nn.Linear, hessians: BlockHessians, writer: CheckpointWriter) -> LayerReport:
-        h, tokens = hessians.of(name)
-        hub, dense, report = compress_layer(name, linear.weight.float(), h, tokens, self._recipe, self._value_dtype)
-        linear.weight.copy_(dense)
-        file_name = self.file_name(name)
-        for last, tensor in self.format.from_weight(hub.to("cpu")).items():
-            self._add(writer, f"{file_name}.{last}", tensor)
-        self._written.add(f"{file_name}.weight")
-        return report
+    def _group(
+        self, linears: Mapping[str, nn.Linear], h: Tensor | None, tokens: int, writer: CheckpointWriter
+    ) -> Iterator[LayerReport]:
+        """Compress layers that share an input, put the result back into the model and write it."""
+        weights = {name: linear.weight.float() for name, linear in linears.items()}
+        for hub, dense, report in compress_layers(weights, h, tokens, self._recipe, self._value_dtype):
+            linears[report.name].weight.copy_(dense)
+            file_name = self.file_name(report.name)
+            for last, tensor in self.format.from_weight(hub.to("cpu")).items():
+                self._add(writer, f"{file_name}.{last}", tensor)
+            self._written.add(f"{file_name}.weight")
+            yield report
 
     def _add(self, writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
         writer.add(name, tensor)

@@ -13,11 +13,11 @@ import yaml
 from vllm_sparse.errors import OptionError
 from vllm_sparse.scheme import GROUP_SIZES, get_scheme
 
-PRUNERS = ("sparsegpt", "wanda", "magnitude", "none")
+PRUNERS = ("admm", "sparsegpt", "wanda", "magnitude", "none")
 QUANTIZERS = ("gptq", "joint", "rtn")
 # Routers decide which expert sees a token: few weights, and an error in one changes everything after it.
 ALWAYS_DENSE = ("lm_head", r"re:.*[._](gate|router)$")
-_DEFAULT_ITERATIONS = {"sparsegpt": 40, "wanda": 40, "magnitude": 0, "none": 0}
+_DEFAULT_ITERATIONS = {"admm": 20, "sparsegpt": 20, "wanda": 20, "magnitude": 0, "none": 0}
 _TYPES: dict[str, tuple[type, ...]] = {
     "scheme": (str,),
     "pruner": (str,),
@@ -41,7 +41,7 @@ class Recipe:
         pruner: how the 2:4 mask is chosen; "none" takes a model that is 2:4 already.
         quantizer: gptq, rtn, or joint (SparseGPT's own pass, which prunes and rounds together).
         group_size: input features per scale; None: 128 for weight-only schemes, per channel for the others.
-        iterations: of least squares on the kept weights; None: 40 after a pruner that looks at inputs, else 0.
+        iterations: of least squares on the kept weights; None: 20 after a pruner that looks at inputs, else 0.
         dampening: share of the mean diagonal added to H.
         ignore: layers that stay dense, by exact name or ``re:`` and a regular expression, besides ``ALWAYS_DENSE``.
         num_samples, seq_len: calibration sequences and their length in tokens.
@@ -52,7 +52,7 @@ class Recipe:
     """
 
     scheme: str = "w4a16"
-    pruner: str = "sparsegpt"
+    pruner: str = "admm"
     quantizer: str = "gptq"
     group_size: int | None = None
     iterations: int | None = None
@@ -67,7 +67,7 @@ class Recipe:
         _check_choice("pruner", self.pruner, PRUNERS)
         _check_choice("quantizer", self.quantizer, QUANTIZERS)
         if self.quantizer == "joint" and self.pruner != "sparsegpt":
-            raise OptionError(f"quantizer joint is SparseGPT's own pass and cannot follow pruner {self.pruner}")
+            raise OptionError(f"quantizer joint is a mode of pruner sparsegpt and cannot follow {self.pruner}")
         size = self.group_size if self.group_size is not None else (128 if scheme.grouped else -1)
         if size not in (GROUP_SIZES if scheme.grouped else (-1,)):
             wanted = ", ".join(map(str, GROUP_SIZES)) if scheme.grouped else "-1, since it has one scale per channel"
@@ -105,7 +105,7 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any step looks at the inputs of a layer."""
         rounds_by_inputs = get_scheme(self.scheme).scaled and self.quantizer != "rtn"
-        return self.pruner in ("sparsegpt", "wanda") or rounds_by_inputs or self.squares_iterations > 0
+        return self.pruner in ("admm", "sparsegpt", "wanda") or rounds_by_inputs or self.squares_iterations > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that a YAML recipe may hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from vllm_sparse.errors import FormatError
 from vllm_sparse.scheme import Scheme
 from vllm_sparse.weight import Sparse24Weight
 
+_INTEGERS = (torch.int64, torch.int32)
+Given = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -114,7 +117,7 @@ class Format(ABC):
         """
 
     def to_weight(
-        self, module: str, tensors: Mapping[str, Tensor], parts: Sequence[int], full_k: int | None = None
+        self, module: str, tensors: Mapping[str, Tensor], parts: Sequence[int] = (), full_k: int | None = None
     ) -> Sparse24Weight:
         """Make the hub weight from a layer's tensors.
 
@@ -127,18 +130,37 @@ class Format(ABC):
         Raises:
             FormatError, NotSparseError: naming ``module``.
         """
-        size = self.features(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        if size is None:
-            raise FormatError(f"{module}: the layer has none of the tensors of format {self.name}")
-        n, k = size
+        given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        n, k = self.check(module, given, max(1, len(parts)))
         parts = parts or [n]
         if sum(parts) != n:
             raise FormatError(f"{module}: the tensors have {n} output features, the model {sum(parts)}")
-        given = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        check_tensors(self.tensors(module, n, k, torch.bfloat16), given, module, len(parts))
         weight = self._to_weight(module, tensors, parts, k if full_k is None else full_k)
         weight.validate(module)
         return weight
+
+    def check(self, module: str, given: Given, parts: int = 1) -> tuple[int, int]:
+        """Check names, shapes and dtypes of a layer's tensors before their data is read; return (n, k).
+
+        Args:
+            given: shape and dtype by ``TensorSpec.name``.
+            parts: how many parts of a fused layer the tensors hold.
+
+        Raises:
+            FormatError: beginning with ``module``.
+        """
+        size = self.features(module, {name: shape for name, (shape, _) in given.items()})
+        if size is None:
+            raise FormatError(f"{module}: the layer has none of the tensors of format {self.name}")
+        dtypes = {dtype for _, dtype in given.values()}
+        specs = self.tensors(module, *size, torch.float16 if torch.float16 in dtypes else torch.bfloat16)
+        check_tensors(specs, given, module, parts)
+        return size
+
+    def stock_config(self) -> dict[str, Any] | None:
+        """Return the ``quantization_config`` by which vLLM's own method reads the layers that this format leaves to
+        others, and those that turn out not to be 2:4; None if such layers are not quantized."""
+        return None
 
     @abstractmethod
     def _to_weight(
@@ -147,28 +169,37 @@ class Format(ABC):
         """``to_weight`` for tensors whose names, shapes and dtypes are right."""
 
 
-def check_tensors(
-    specs: Sequence[TensorSpec], given: Mapping[str, tuple[Sequence[int], torch.dtype]], of: str, parts: int = 1
-) -> None:
-    """Check names, shapes and dtypes before any data is read.
-
-    Args:
-        given: shape and dtype by ``TensorSpec.name``.
-        of: the layer, and the file where it is known, for the error.
-        parts: how many parts of a fused layer the tensors hold.
-
-    Raises:
-        FormatError: a tensor is missing, or has another shape or dtype than its specification.
-    """
+def check_tensors(specs: Sequence[TensorSpec], given: Given, of: str, parts: int = 1) -> None:
+    """Raise FormatError if a tensor is missing, or has another shape or dtype than its specification."""
     for spec in specs:
         if spec.name not in given:
             if spec.optional or spec.metadata:
                 continue
             raise FormatError(f"{of}: tensor {spec.name} is missing")
         shape, dtype = list(given[spec.name][0]), given[spec.name][1]
+        if spec.metadata:
+            if dtype not in _INTEGERS or math.prod(shape) != math.prod(spec.shape):
+                raise FormatError(f"{of}: expected {spec.name} to hold {math.prod(spec.shape)} integers")
+            continue
         allowed = [[parts], []] if spec.per_part and parts == 1 else [[parts]] if spec.per_part else [list(spec.shape)]
         if dtype not in (spec.dtype, *spec.accepts) or shape not in allowed:
             raise FormatError(f"{of}: expected {spec.name} to be {spec.dtype} {allowed[0]}, got {dtype} {shape}")
+
+
+def matrix(of: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
+    """Return the shape of tensor ``name``, None if it is not there; raise FormatError if it is no matrix."""
+    shape = shapes.get(name)
+    if shape is None:
+        return None
+    if len(shape) != 2:
+        raise FormatError(f"{of}: expected {name} to be a matrix, got shape {list(shape)}")
+    return shape[0], shape[1]
+
+
+def check_columns(of: str, k: int, multiple: int = 4, why: str = "2:4") -> None:
+    """Raise FormatError unless ``k`` input features are a positive multiple of ``multiple``."""
+    if k <= 0 or k % multiple:
+        raise FormatError(f"{of}: {why} needs a multiple of {multiple} input features, got {k}")
 
 
 def per_channel(scale: Tensor, parts: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vllm_sparse.errors import FormatError, OutputError
 
+_SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 1 << 28
 _DTYPES = {
@@ -142,7 +143,8 @@ class Checkpoint:
             files = sorted(file.name for file in self.path.glob("*.safetensors"))
             if not files:
                 raise FormatError(f"{self.path}: no .safetensors file in the model directory")
-            return {file: [] for file in files}
+            # Beside it there may be the same weights in the layout of their authors, such as consolidated.safetensors.
+            return {file: [] for file in files if file == _SINGLE or _SINGLE not in files}
         weight_map = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FormatError(f"{self.path / INDEX}: there is no weight_map")

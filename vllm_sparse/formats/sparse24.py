@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import Format, TensorSpec, is_ignored, largest_input_scale, names_in
+from vllm_sparse.formats.base import (
+    Format,
+    TensorSpec,
+    check_columns,
+    is_ignored,
+    largest_input_scale,
+    matrix,
+    names_in,
+)
 from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme
 from vllm_sparse.weight import Sparse24Weight
 
@@ -108,8 +116,7 @@ class Sparse24Format(Format):
         return None if is_ignored(module, self.ignore) else self.scheme
 
     def tensors(self, module: str, n: int, k: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
-        if k % 4 or not k:
-            raise FormatError(f"{module}: 2:4 needs a multiple of 4 input features, got {k}")
+        check_columns(module, k)
         scheme, scale_dtype = self.scheme, _DTYPES[self.scale_dtype]
         value_dtype = scheme.value_dtypes[0] if scheme.scaled else _DTYPES[self.value_dtype]
         values = TensorSpec("weight_packed", (n, k // 2), value_dtype, 0, 1, input_multiple=4)
@@ -128,12 +135,8 @@ class Sparse24Format(Format):
         return tuple(specs)
 
     def features(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
-        shape = shapes.get("weight_packed")
-        if shape is None:
-            return None
-        if len(shape) != 2:
-            raise FormatError(f"{module}: expected weight_packed to be a matrix, got shape {list(shape)}")
-        return shape[0], shape[1] * (4 if self.scheme.weight_bits == 4 else 2)
+        shape = matrix(module, "weight_packed", shapes)
+        return shape and (shape[0], shape[1] * (4 if self.scheme.weight_bits == 4 else 2))
 
     def _to_weight(
         self, module: str, tensors: Mapping[str, Tensor], parts: Sequence[int], full_k: int

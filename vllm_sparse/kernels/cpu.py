@@ -48,8 +48,8 @@ def _dtype(dtype: torch.dtype) -> Any:
 
 
 @functools.cache
-def _format(scheme: str, panel_dtype: torch.dtype) -> Any:
-    return _cpu.Format.fp16 if panel_dtype == torch.float16 else getattr(_cpu.Format, scheme)
+def _format(name: str, panel_dtype: torch.dtype) -> Any:
+    return _cpu.Format.fp16 if panel_dtype == torch.float16 else getattr(_cpu.Format, name)
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -71,7 +71,7 @@ def _linear(
     sums: Tensor | None,
     input_scale: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    panel_format: str,
     n: int,
     group_size: int,
 ) -> Tensor:
@@ -81,7 +81,7 @@ def _linear(
     y = x.new_empty((m, n))
     _cpu.linear(
         tier(),
-        _format(scheme, panels.dtype),
+        _format(panel_format, panels.dtype),
         n,
         k,
         max(group_size, 0),
@@ -109,7 +109,7 @@ def _linear_fake(
     sums: Tensor | None,
     input_scale: Tensor | None,
     bias: Tensor | None,
-    scheme: str,
+    panel_format: str,
     n: int,
     group_size: int,
 ) -> Tensor:
@@ -118,7 +118,7 @@ def _linear_fake(
 
 define_op(
     "cpu_linear(Tensor x, Tensor panels, Tensor? group_scales, Tensor? channel_scales, Tensor? sums, "
-    "Tensor? input_scale, Tensor? bias, str scheme, int n, int group_size) -> Tensor",
+    "Tensor? input_scale, Tensor? bias, str panel_format, int n, int group_size) -> Tensor",
     _linear,
     _linear_fake,
     "CPU",
@@ -134,7 +134,7 @@ class CpuKernel(Kernel):
     - ``panels`` ``[stripes, panels, bytes]`` (see csrc/cpu/panel.h), uint8; for scheme bf16 seen as the values' dtype,
       bf16 or fp16, which tells the two apart;
     - ``group_scales`` ``[stripes, groups, 16]`` in their own dtype, or ``channel_scales`` float32 ``[stripes * 16]``;
-    - ``sums`` int32 ``[stripes * 16]`` (int8): the sum of each channel's codes;
+    - ``sums`` ``[stripes * 16]``, only where activations become int8: what an activation of 1 everywhere gives;
     - ``input_scale`` float32 ``[1]`` for static activations.
     """
 
@@ -148,13 +148,14 @@ class CpuKernel(Kernel):
             return f"the extension module vllm_sparse._cpu is not built ({_IMPORT_ERROR})"
         if spec.dtype not in _DTYPE_NAMES:
             return f"takes float32, bfloat16 and float16 activations, not {spec.dtype}"
-        if spec.scheme.name == "int8" and spec.k > _MAX_INT8_K:
+        if self._panel_format(spec) in ("int8", "w4a8") and spec.k > _MAX_INT8_K:
             return f"int8 sums are exact up to {_MAX_INT8_K} input features, not for {spec.k}"
         return None
 
     def prepare(self, spec: LinearSpec, weight: Sparse24Weight) -> dict[str, Tensor]:
         n, k = weight.n, weight.k
-        code = _format(spec.scheme.name, weight.values.dtype)
+        panel_format = self._panel_format(spec)
+        code = _format(panel_format, weight.values.dtype)
         values, positions = weight.values.contiguous(), weight.positions.contiguous()
         stripes, columns = -(-n // _cpu.CHANNELS), -(-k // _cpu.COLUMNS)
         panels = torch.empty(stripes, columns, _cpu.panel_bytes(code), dtype=torch.uint8)
@@ -163,11 +164,13 @@ class CpuKernel(Kernel):
         packed = {"panels": panels if spec.scheme.scaled else panels.view(values.dtype)}
         if weight.scales is not None and weight.group_size == -1:
             scales = _by_stripe(weight.scales.float()).flatten()
-            packed["channel_scales"] = scales * _FP8_SCALE if spec.scheme.name == "fp8" else scales
+            packed["channel_scales"] = scales * _FP8_SCALE if panel_format == "fp8" else scales
         elif weight.scales is not None:
             packed["group_scales"] = _by_stripe(weight.scales)
-        if spec.scheme.name == "int8":
+        if panel_format == "int8":
             packed["sums"] = sums
+        if panel_format == "w4a8":
+            packed["sums"] = _w4a8_sums(weight)
         if weight.input_scale is not None:
             packed["input_scale"] = weight.input_scale.float()
         return packed
@@ -183,7 +186,35 @@ class CpuKernel(Kernel):
             packed.get("sums"),
             packed.get("input_scale"),
             bias,
-            spec.scheme.name,
+            self._panel_format(spec),
             spec.n,
             spec.group_size,
         )
+
+    def _panel_format(self, spec: LinearSpec) -> str:
+        return spec.scheme.name
+
+
+def _w4a8_sums(weight: Sparse24Weight) -> Tensor:
+    """Sum each channel's kept codes, times 16 as the kernel has them and times the scale of their group if any."""
+    assert weight.scales is not None
+    groups = weight.values.unflatten(1, (weight.scales.shape[1], -1)).sum(-1, dtype=torch.int32).float()
+    scaled = groups if weight.group_size == -1 else groups * weight.scales.float()
+    return _by_stripe(16 * scaled.sum(-1, keepdim=True)).flatten()
+
+
+class CpuW4A8Kernel(CpuKernel):
+    """w4a16 weights with activations rounded to int8 per token: faster from two tokens on, and not exact.
+
+    Only for those who ask for it; ``CpuKernel`` is the one that computes what the checkpoint says.
+    """
+
+    name = "cpu_w4a8"
+
+    def reason_against(self, spec: LinearSpec, device: torch.device) -> str | None:
+        if spec.scheme.name != "w4a16":
+            return f"quantizes the activations of scheme w4a16, not of {spec.scheme.name}"
+        return super().reason_against(spec, device)
+
+    def _panel_format(self, spec: LinearSpec) -> str:
+        return "w4a8"

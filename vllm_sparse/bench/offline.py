@@ -1,0 +1,89 @@
+"""Offline suites: seconds of one request (latency), and of many at once (throughput), on an engine in a subprocess."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_sparse.bench.machine import gpu_states, idle_check, throttle_check
+from vllm_sparse.bench.process import Worker
+from vllm_sparse.bench.settings import Settings
+from vllm_sparse.bench.store import Row
+from vllm_sparse.bench.targets import Target
+from vllm_sparse.bench.use_cases import UseCase
+
+ENGINE = (sys.executable, "-m", "vllm_sparse.bench.engine")
+_WARM_UP_TOKENS = 16
+_SECONDS = 1800.0  # that one batch may take
+
+
+@dataclass(frozen=True)
+class Job:
+    """One offline measurement of one model in one round."""
+
+    suite: str
+    model: str
+    case: UseCase
+    round: int
+    requests: int
+    samples: int
+
+    @property
+    def key(self) -> Row:
+        """What identifies its row."""
+        return {"suite": self.suite, "model": self.model, "use_case": self.case.name, "round": self.round}
+
+    @property
+    def cost(self) -> float:
+        """Its work in tokens of one stream, roughly: a batch of b streams takes as long as 1 + b / 8 of them."""
+        one = self.case.output + self.case.prompt / 50
+        return self.samples * one * (1 if self.requests == 1 else 1 + self.requests / 8)
+
+
+def plan(settings: Settings, target: Target, walk: int) -> list[Job]:
+    """Return the offline jobs of ``target`` in one walk through the models."""
+    jobs = []
+    if "latency" in settings.suites:
+        jobs += [("latency", case, 1) for case in settings.latency_cases]
+    if "throughput" in settings.suites:
+        jobs += [("throughput", case, settings.requests) for case in settings.batch_cases]
+    return [Job(suite, target.label, case, walk, n, settings.samples_per_round) for suite, case, n in jobs]
+
+
+class Engine:
+    """A loaded model, warmed up for each shape of request before its first sample."""
+
+    def __init__(self, target: Target, settings: Settings, log: Path) -> None:
+        self._settings = settings
+        self._warm: set[tuple[str, str]] = set()
+        command = [*ENGINE, "--model", target.source, *settings.arguments(target)]
+        self.worker = Worker(target.label, command, log)
+
+    def wait(self) -> dict[str, Any]:
+        """Wait until it is loaded; return seconds of loading, bytes of weights and tokens of KV cache."""
+        return self.worker.wait_ready(self._settings.startup_seconds)
+
+    def _ask(self, job: Job, output: int, seed: int) -> dict[str, Any]:
+        request = {"requests": job.requests, "prompt": job.case.prompt, "output": output, "seed": seed}
+        return self.worker.ask(request, _SECONDS)
+
+    def measure(self, job: Job) -> Row:
+        """Return the row of ``job``: seconds of every sample, GPU states after each, and warnings."""
+        if (job.suite, job.case.name) not in self._warm:
+            self._ask(job, min(_WARM_UP_TOKENS, job.case.output), seed=10_000)
+            self._warm.add((job.suite, job.case.name))
+        warnings = idle_check()
+        seconds, states = [], []
+        for sample in range(job.samples):
+            answer = self._ask(job, job.case.output, seed=job.round * job.samples + sample)
+            seconds.append(answer["seconds"])
+            states.append(gpu_states())
+            warnings += throttle_check(states[-1])
+        shape = {"requests": job.requests, "prompt": job.case.prompt, "output": job.case.output}
+        return {**job.key, **shape, "seconds": seconds, "gpu": states, "warnings": sorted(set(warnings))}
+
+    def close(self) -> None:
+        """Unload it."""
+        self.worker.close()

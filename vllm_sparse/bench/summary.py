@@ -1,0 +1,124 @@
+"""Figures of one run: medians with their spread, and ratios to the baseline of the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from vllm_sparse.bench.serving import AT_ONCE, SINGLE, sustained
+from vllm_sparse.bench.store import Row
+
+LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A median over samples, half the range of the samples relative to it, and their number."""
+
+    value: float
+    spread: float
+    samples: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Figure | None:
+        """Return the figure of ``samples``; None if there are none."""
+        if not samples:
+            return None
+        middle = median(samples)
+        return cls(middle, (max(samples) - min(samples)) / 2 / middle if middle else 0.0, len(samples))
+
+
+class Summary:
+    """What a results file says, by model and use case.
+
+    Args:
+        data: the content of ``bench.json``.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.data = data
+        self.models = [target["label"] for target in data["targets"]]
+
+    @property
+    def baseline(self) -> str:
+        """The first model, which ratios are relative to."""
+        return str(self.models[0])
+
+    def rows(self, suite: str, **key: Any) -> list[Row]:
+        """Return the rows of a suite with all of ``key``'s values."""
+        found = (row for row in self.data["rows"] if row["suite"] == suite)
+        return [row for row in found if all(row.get(name) == value for name, value in key.items())]
+
+    def cases(self, suite: str) -> list[tuple[str, int, int]]:
+        """Return (name, prompt tokens, output tokens) of the use cases that have rows of ``suite``."""
+        arguments = self.data["arguments"]
+        listed = arguments["latency_cases" if suite == "latency" else "batch_cases"]
+        return [(name, prompt, output) for name, prompt, output in listed if self.rows(suite, use_case=name)]
+
+    def latency(self, model: str, case: str) -> Figure | None:
+        """Seconds of one request."""
+        rows = self.rows("latency", model=model, use_case=case)
+        return Figure.of([seconds for row in rows for seconds in row["seconds"]])
+
+    def throughput(self, model: str, case: str) -> Figure | None:
+        """Requests per second of a batch."""
+        rows = self.rows("throughput", model=model, use_case=case)
+        return Figure.of([row["requests"] / seconds for row in rows for seconds in row["seconds"]])
+
+    def served(self, model: str, case: str, arrival: str, metric: str, percentile: str) -> Figure | None:
+        """A percentile of "ttft", "itl" or "tpot" in milliseconds, over rounds, of a load without a rate."""
+        rows = self.rows("serve", model=model, use_case=case, arrival=arrival, rate=None)
+        return Figure.of([row[f"{metric}_ms"][percentile] for row in rows if row["completed"]])
+
+    def saturation(self, model: str, case: str) -> Figure | None:
+        """Requests per second of the server when all requests come at once."""
+        rows = self.rows("serve", model=model, use_case=case, arrival=AT_ONCE)
+        return Figure.of([row["qps"] for row in rows if row["completed"] and not row["failed"]])
+
+    def curve(self, model: str, case: str, arrival: str) -> list[tuple[float, float, float]]:
+        """Return (queries/s reached, median ITL, p99 ITL) in milliseconds at each rate, medians over rounds."""
+        rows = self.rows("serve", model=model, use_case=case, arrival=arrival)
+        rates = sorted({row["rate"] for row in rows if row["completed"] and not row["failed"]})
+        points = []
+        for rate in rates:
+            same = [row for row in rows if row["rate"] == rate and row["completed"] and not row["failed"]]
+            itl = [median(row["itl_ms"][key] for row in same) for key in ("p50", "p99")]
+            points.append((median(row["qps"] for row in same), itl[0], itl[1]))
+        return points
+
+    def best_rate(self, model: str, case: str, arrival: str, limit_ms: float) -> float | None:
+        """Return the highest rate that was sustained, in every round, with a median ITL within ``limit_ms``."""
+        single = self.served(model, case, SINGLE, "e2el", "p50")
+        rows = self.rows("serve", model=model, use_case=case, arrival=arrival)
+        if single is None or not rows:
+            return None
+        rates = {row["rate"] for row in rows}
+        bad = {row["rate"] for row in rows if not sustained(row, single.value / 1e3) or row["itl_ms"]["p50"] > limit_ms}
+        return max(rates - bad, default=0.0)
+
+    def ratio(self, figure: Figure | None, base: Figure | None, lower_is_better: bool = False) -> float | None:
+        """Return how many times better ``figure`` is than ``base``; None if one of them is missing."""
+        if figure is None or base is None or not figure.value or not base.value:
+            return None
+        return base.value / figure.value if lower_is_better else figure.value / base.value
+
+    def accuracy(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Return ``{(task, metric): {model: value}}``, the text's perplexity first."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        for row in self.rows("perplexity"):
+            found.setdefault(("text", "perplexity"), {})[row["model"]] = row["perplexity"]
+        for row in self.rows("tasks"):
+            for task, metrics in row["tasks"].items():
+                for metric, value in metrics.items():
+                    if "stderr" not in metric and metric != "alias" and not metric.startswith("sample"):
+                        found.setdefault((task, metric), {})[row["model"]] = value
+        return found
+
+    def recovery(self, metric: str, values: Mapping[str, float], model: str) -> float | None:
+        """Return what is left of the baseline's accuracy in per cent; for perplexity, dense / sparse."""
+        base, value = values.get(self.baseline), values.get(model)
+        if not base or not value:
+            return None
+        return 100 * (base / value if metric in LOWER_IS_BETTER else value / base)

@@ -1,0 +1,45 @@
+"""2:4 masks by the alternating direction method of multipliers (ALPS, Meng et al., arXiv 2406.07831)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.compress.magnitude import keep_two_of_four
+
+# The penalty that ties the free weights to the pruned ones, for an H of unit diagonal, and the steps taken with each.
+# It starts where the mask still moves freely and ends where it no longer does (docs/decisions/0301-compress-masks.md).
+_PENALTIES = tuple(0.05 * 30 ** (stage / 7) for stage in range(8))
+_STEPS = 6
+
+
+def admm(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the mask and the weights on it together, instead of one column after the other.
+
+    Minimises (W - V) h (W - V)^T + penalty over V equal to a 2:4 matrix D, by turns: V in closed form, D by keeping the
+    two largest of each group, then the multiplier that draws them together.
+
+    Args:
+        weight: the dense W, float ``[n, k]``.
+        h: positive definite ``[k, k]``.
+
+    Returns:
+        D and its mask, ``[n, k]``; ``least_squares`` improves D on this mask.
+    """
+    scale = h.diagonal().rsqrt()
+    unit = h * scale[:, None] * scale
+    pruned = weight / scale
+    target = pruned @ unit
+    multiplier = torch.zeros_like(pruned)
+    mask = torch.ones_like(pruned, dtype=torch.bool)
+    for penalty in _PENALTIES:
+        shifted = unit.clone()
+        shifted.diagonal().add_(penalty)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        for _ in range(_STEPS):
+            free = (target + penalty * pruned - multiplier) @ inverse
+            moved = free + multiplier / penalty
+            mask = keep_two_of_four(moved.abs())
+            pruned = moved * mask
+            multiplier += penalty * (free - pruned)
+    return pruned * scale, mask
