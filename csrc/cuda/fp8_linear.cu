@@ -25,7 +25,7 @@ constexpr Configuration row(float tile_us, float brick_us) {
 }
 
 // The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200
-// (docs/decisions/0301): they choose between entries, so only their order matters. Where two entries share a number of
+// (docs/decisions/0044): they choose between entries, so only their order matters. Where two entries share a number of
 // tokens, the first splits k because few features make few tiles (o and down of an 8B model), the others keep k whole
 // because many do (gate_up).
 //    tokens warpgroups bricks stages cluster split
