@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +130,19 @@ def test_says_that_it_needs_a_cuda_device_and_the_module(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda_fp8, "_IMPORT_ERROR", "no such file", raising=False)
     reason = KERNEL.reason_against(spec, torch.device("cuda"))
     assert reason == "the extension module vllm_sparse._cuda is not built (no such file)"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_compiler_neither_spills_nor_serializes(tmp_path: Path) -> None:
+    """Registers in local memory, or multiplications that wait for each other, would pass every other test."""
+    source = Path(__file__).parents[2] / "csrc" / "cuda" / "fp8_linear.cu"
+    flags = ["-gencode=arch=compute_90a,code=sm_90a", "-O3", "-DNDEBUG", "-std=c++17", "-Xptxas=-v", "-cubin"]
+    command = ["nvcc", *flags, "-o", str(tmp_path / "fp8.cubin"), str(source)]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "serialized" not in log
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) >= 10
+    assert set(spills) == {("0", "0")}
 
 
 @pytest.mark.skipif(cuda_fp8._cuda is None, reason="vllm_sparse._cuda is not built")
