@@ -80,7 +80,8 @@ def read_layers(checkpoint: Checkpoint, fmt: Format | None) -> Iterator[Layer]:
             size = fmt.features(module, {suffix: info.shape for suffix, info in infos.items()})
         if fmt is not None and size is not None and size[1] % 4 == 0:
             given = {suffix: (info.shape, info.dtype) for suffix, info in infos.items()}
-            fmt.check(module, given, f"{module} in {next(iter(infos.values())).file}")
+            file = checkpoint.path / next(iter(infos.values())).file
+            fmt.check(module, given, f"{file}: {module}")
             spec: LinearSpec | None = layer_spec(fmt, module, *size, dtype)
             sparsity = "2:4"
             if not fmt.promises_sparse:

@@ -14,39 +14,33 @@ struct Configuration {
     int tokens, warpgroups, bricks, cluster, split;
     int threads, shared_bytes;
     bool stores_tiles;
+    float tile_us, brick_us;
     Kernel kernel;
 };
 
 template <typename T>
-constexpr Configuration row() {
-    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, T::STORES_TILES, linear_kernel<T>};
+constexpr Configuration row(float tile_us, float brick_us) {
+    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, T::STORES_TILES, tile_us, brick_us, linear_kernel<T>};
 }
 
-//         tokens warpgroups bricks stages cluster split
+// The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200 (docs/decisions/0301):
+// they choose between entries, so only their order matters. Where two entries share a number of tokens, the first splits k because
+// few features make few tiles (o and down of an 8B model), the others keep k whole because many do (gate_up).
+//    tokens warpgroups bricks stages cluster split
 const Configuration kConfigurations[] = {
-    row<Tile<8, 1, 2, 8, 1, 2>>(),
-    row<Tile<8, 1, 2, 14, 1, 2>>(),
-    row<Tile<8, 2, 2, 8, 1, 2>>(),
-    row<Tile<16, 1, 2, 7, 1, 2>>(),
-    row<Tile<16, 1, 2, 12, 1, 2>>(),
-    row<Tile<32, 1, 2, 5, 1, 2>>(),
-    row<Tile<32, 1, 2, 9, 1, 2>>(),
-    row<Tile<32, 2, 1, 6, 1, 2>>(),
-    row<Tile<64, 1, 1, 6, 1, 2>>(),
-    row<Tile<64, 1, 1, 14, 1, 2>>(),
-    row<Tile<64, 1, 2, 7, 1, 2>>(),
-    row<Tile<64, 2, 1, 10, 2, 1>>(),
-    row<Tile<64, 2, 1, 10, 1, 2>>(),
-    row<Tile<64, 2, 1, 10, 2, 2>>(),
-    row<Tile<96, 1, 1, 11, 1, 2>>(),
-    row<Tile<96, 2, 1, 8, 2, 1>>(),
-    row<Tile<128, 1, 1, 9, 1, 2>>(),
-    row<Tile<128, 2, 1, 6, 1, 2>>(),
-    row<Tile<128, 2, 1, 8, 2, 1>>(),
-    row<Tile<192, 2, 1, 4, 1, 2>>(),
-    row<Tile<192, 2, 1, 6, 2, 1>>(),
-    row<Tile<256, 2, 1, 5, 2, 1>>(),
-    row<Tile<256, 2, 1, 5, 4, 1>>(),
+    row<Tile<8, 2, 2, 8, 1, 2>>(0.3f, 0.215f),
+    row<Tile<16, 1, 2, 12, 1, 2>>(0.1f, 0.168f),
+    row<Tile<32, 1, 2, 9, 1, 2>>(0.1f, 0.171f),
+    row<Tile<64, 1, 2, 7, 1, 2>>(0.3f, 0.170f),   // o, down
+    row<Tile<64, 2, 1, 10, 1, 2>>(1.9f, 0.172f),  // qkv, gate_up
+    row<Tile<96, 1, 1, 11, 1, 2>>(0.7f, 0.177f),  // qkv, o, down
+    row<Tile<96, 2, 1, 8, 2, 1>>(2.0f, 0.187f),   // gate_up
+    row<Tile<128, 1, 1, 9, 1, 2>>(1.2f, 0.224f),  // o, down
+    row<Tile<128, 2, 1, 6, 1, 2>>(3.0f, 0.267f),  // qkv; o and down at 256 tokens
+    row<Tile<128, 2, 1, 8, 2, 1>>(2.5f, 0.215f),  // gate_up; all but gate_up at 512 tokens
+    row<Tile<192, 2, 1, 4, 1, 2>>(3.7f, 0.384f),  // qkv, o, down at 129 to 192 tokens
+    row<Tile<192, 2, 1, 6, 2, 1>>(2.6f, 0.303f),  // gate_up at 129 to 192 tokens
+    row<Tile<256, 2, 1, 5, 2, 1>>(3.2f, 0.399f),  // prefill
 };
 constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
 
@@ -156,13 +150,27 @@ int configuration_count() { return kCount; }
 int configuration_tokens(int configuration) { return kConfigurations[configuration].tokens; }
 
 int choose_configuration(int m, int n, int k, int multiprocessors) {
-    (void)n, (void)k, (void)multiprocessors;
-    if (m <= 8) return 0;
-    if (m <= 16) return 3;
-    if (m <= 32) return 5;
-    if (m <= 64) return 10;
-    if (m <= 128) return 14;
-    return 18;
+    // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
+    constexpr int kOneTile = 192;
+    int fewest = 128;
+    if (m <= kOneTile) {
+        fewest = kOneTile;
+        for (const Configuration& c : kConfigurations) {
+            if (c.tokens >= m) fewest = std::min(fewest, c.tokens);
+        }
+    }
+    int best = -1;
+    float best_us = 0.f;
+    for (int i = 0; i < kCount; ++i) {
+        const Configuration& c = kConfigurations[i];
+        if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
+        const int64_t tiles = int64_t(ceil_div(m, c.tokens)) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
+        const int64_t workers = std::max(1, multiprocessors / (c.cluster * c.split));
+        const int64_t waves = (tiles + workers - 1) / workers;
+        const float us = waves * (c.tile_us + c.brick_us * ceil_div(ceil_div(k, kBrickColumns), c.split));
+        if (best < 0 || us < best_us) best = i, best_us = us;
+    }
+    return best;
 }
 
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {

@@ -395,6 +395,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         Ring<T::STAGES> ring(0);
         Exchange<T> exchange{reinterpret_cast<float4*>(exchange_buffer), exchange_barriers, exchange_barriers + 8, split_rank, rank};
         const auto release = [&](int stage) {
+            __syncwarp();  // every lane has read its metadata
             if constexpr (T::CLUSTER == 1) {
                 if (lane == 0) ptx::barrier_arrive(empty + stage * 8);
             } else {

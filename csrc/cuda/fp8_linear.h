@@ -34,7 +34,7 @@ struct LinearArguments {
 // Number of entries of the configuration table.
 int configuration_count();
 
-// The configuration that `linear` uses for these sizes.
+// The configuration that `linear` uses for these sizes on a device of so many multiprocessors.
 int choose_configuration(int m, int n, int k, int multiprocessors);
 
 // Tokens of the tile of one entry; every entry runs any number of tokens.

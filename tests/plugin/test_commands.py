@@ -64,7 +64,7 @@ def test_inspect_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_checkpoint(tmp_path, tensors, fmt.to_config())
     assert cli.main(["inspect", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert f"{MODULE} in model.safetensors: expected weight_scale to be torch.float32 [32, 1]" in error
+    assert f"model.safetensors: {MODULE}: expected weight_scale to be torch.float32 [32, 1]" in error
     assert cli.main(["inspect", str(tmp_path / "none")]) == 2
     assert "no such model directory" in capsys.readouterr().err
 
