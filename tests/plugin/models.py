@@ -93,13 +93,13 @@ def save_dense(model: PreTrainedModel, path: Path) -> Path:
 
 
 def compress(model: PreTrainedModel, scheme_name: str, static: bool = False) -> dict[str, Sparse24Weight]:
-    """Return the 2:4 weights of ``model``'s linear layers in a scheme, with scales that fp16 holds exactly."""
+    """Return the 2:4 weights of ``model``'s linear layers in a scheme, with scales that bf16 and fp16 hold exactly."""
     weights = {}
     for name, module in linear_layers(model).items():
         weight = Sparse24Weight.from_dense(module.weight.detach(), SCHEMES["bf16"], layer=name)
         weight = quantize_at_load(weight, SCHEMES[scheme_name], name)
         if weight.scales is not None:
-            weight = replace(weight, scales=weight.scales.half().float())
+            weight = replace(weight, scales=weight.scales.bfloat16().float())
         weights[name] = replace(weight, input_scale=torch.tensor([STATIC_SCALE])) if static else weight
     return weights
 
