@@ -312,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
     summary = convert(args.source, args.out, args.to, args.force)
     layers = summary.sparse + len(summary.dense)
     print(f"{args.out}: {summary.sparse} of {layers} linear layers are 2:4, written as {args.to}")
-    print(f"{summary.bytes_before / 1e9:.3f} GB before, {summary.bytes_after / 1e9:.3f} GB after")
+    print(f"{summary.bytes_before / 1e6:.1f} MB before, {summary.bytes_after / 1e6:.1f} MB after")
     if summary.left_out:
         print(
             f"left out {len(summary.left_out)} tensors that the format has no place for, such as {summary.left_out[0]}"
