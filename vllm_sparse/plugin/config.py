@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_sparse.errors import OptionError, UnsupportedError
 from vllm_sparse.formats import Format, claims, detect
+from vllm_sparse.formats.base import is_ignored
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.formats.packed import PackedFormat
 from vllm_sparse.formats.passthrough import PassThroughFormat
@@ -150,8 +151,9 @@ class Sparse24Config(QuantizationConfig):
 
         vLLM fuses layers (q, k and v into one) that a checkpoint names one by one; they have to agree.
         """
-        if fmt.scheme_of(module) is None:
+        if is_ignored(module, getattr(fmt, "ignore", ())):
             return None
+        # Asked by the names of its parts: a fused name matches no target that is a part's name or a pattern of it.
         names = fused_names(module, self.packed_modules_mapping)
         schemes = {name: fmt.scheme_of(name) for name in names}
         if len(set(schemes.values())) > 1:
