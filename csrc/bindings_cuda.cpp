@@ -1,10 +1,12 @@
-// Python's view of csrc/cuda: raw pointers, sizes and a stream in, nothing out. Shapes are checked in vllm_sparse/kernels/cuda_*.py.
+// Python's view of csrc/cuda: raw pointers, sizes and a stream in, nothing out. Shapes are checked in
+// vllm_sparse/kernels/cuda_*.py.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <stdexcept>
 
 #include "cuda/fp8_linear.h"
+#include "cuda/w4a16.h"
 
 namespace py = pybind11;
 
@@ -22,9 +24,9 @@ void check(const char* kernel, const char* error) {
     if (error != nullptr) throw std::runtime_error(std::string(kernel) + ": " + error);
 }
 
-void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_per_token, Pointer weight, Pointer weight_scale,
-                Pointer bias, Pointer out, bool half_out, int m, int n, int k, int device, int configuration, bool programmatic,
-                Pointer stream) {
+void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_per_token, Pointer weight,
+                Pointer weight_scale, Pointer bias, Pointer out, bool half_out, int m, int n, int k, int device,
+                int configuration, bool programmatic, Pointer stream) {
     const vllm_sparse::fp8::LinearArguments arguments{at<const void>(x),
                                                       x_stride,
                                                       at<const float>(x_scale),
@@ -41,6 +43,26 @@ void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_
     check("fp8_linear", vllm_sparse::fp8::linear(arguments, configuration, programmatic, at<void>(stream)));
 }
 
+void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m, int n, int k,
+                  int group_size, bool bf16, int kernel, int slices, int device, int sm_count, int capability, bool overlap,
+                  Pointer stream) {
+    const vllm_sparse::W4A16Problem problem{at<const void>(x),
+                                            at<const void>(weight),
+                                            at<const float>(channel_scale),
+                                            at<const void>(bias),
+                                            at<void>(y),
+                                            at<void>(workspace),
+                                            m,
+                                            n,
+                                            k,
+                                            group_size,
+                                            bf16,
+                                            static_cast<vllm_sparse::W4A16Kernel>(kernel),
+                                            slices};
+    const vllm_sparse::W4A16Device where{device, sm_count, capability, overlap};
+    check("w4a16_linear", vllm_sparse::w4a16_linear(problem, where, at<CUstream_st>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -50,5 +72,9 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("FP8_COLUMN_PADDING") = vllm_sparse::fp8::kColumnPadding;
     module.def("fp8_configurations", &vllm_sparse::fp8::configuration_count, "Number of tile configurations");
     module.def("fp8_configuration_tokens", &vllm_sparse::fp8::configuration_tokens, py::arg("configuration"));
+    module.def("fp8_choose_configuration", &vllm_sparse::fp8::choose_configuration, py::arg("m"), py::arg("n"),
+               py::arg("k"), py::arg("multiprocessors"));
     module.def("fp8_linear", fp8_linear);
+    module.def("w4a16_workspace_bytes", &vllm_sparse::w4a16_workspace_bytes, py::arg("sm_count"));
+    module.def("w4a16_linear", w4a16_linear);
 }

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparse.errors import FormatError, NotSparseError
+from vllm_sparse.errors import NotSparseError
 from vllm_sparse.formats import Format, detect
 from vllm_sparse.formats.checkpoint import Checkpoint
 from vllm_sparse.kernels import reasons_against
@@ -80,10 +80,8 @@ def read_layers(checkpoint: Checkpoint, fmt: Format | None) -> Iterator[Layer]:
             size = fmt.features(module, {suffix: info.shape for suffix, info in infos.items()})
         if fmt is not None and size is not None and size[1] % 4 == 0:
             given = {suffix: (info.shape, info.dtype) for suffix, info in infos.items()}
-            try:
-                fmt.check(module, given)
-            except FormatError as error:
-                raise FormatError(f"{checkpoint.path / next(iter(infos.values())).file}: {error}") from error
+            file = checkpoint.path / next(iter(infos.values())).file
+            fmt.check(module, given, f"{file}: {module}")
             spec: LinearSpec | None = layer_spec(fmt, module, *size, dtype)
             sparsity = "2:4"
             if not fmt.promises_sparse:

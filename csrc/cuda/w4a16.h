@@ -14,21 +14,8 @@ constexpr int kW4A16Step = 128;
 constexpr int kW4A16Panel = 256;
 constexpr int kW4A16RowBlock = 16;
 
-struct W4A16Problem {
-    const void* x;               // [m, k] activations, row-major, 16-byte aligned rows
-    const void* weight;          // packed codes, positions and group scales
-    const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
-    const void* bias;            // [n] in the activations' type, or nullptr
-    void* y;                     // [m, n] in the activations' type
-    float* partials;             // w4a16_workspace_bytes() bytes, contents irrelevant
-    int* counters;               // w4a16_counters() integers, zero before the first call and after every call
-    int m, n, k;                 // n % 16 == 0, k % 32 == 0
-    int group_size;              // 32, 64, 128, or -1 with channel_scale
-    bool bf16;                   // activations and scales are bfloat16, else float16
-    int slices = 0;              // wgmma: blocks that share a tile's columns, 1 ... 8; 0: chosen by size
-};
-
 enum class W4A16Kernel : int {
+    kAuto = -1,   // by the sizes and the device
     kMma8 = 0,    // mma.sp, 128 rows x 8 tokens
     kMma16 = 1,   // mma.sp, 256 rows x 16 tokens
     kMma32 = 2,   // mma.sp, 256 rows x 32 tokens
@@ -39,17 +26,36 @@ enum class W4A16Kernel : int {
     kWgmma64 = 7,
     kWgmma128 = 8,
 };
+constexpr int kW4A16Kernels = 9;
+
+struct W4A16Problem {
+    const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned
+    const void* weight;          // packed codes, positions and group scales
+    const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
+    const void* bias;            // [n] in the activations' type, or nullptr
+    void* y;                     // [m, n] in the activations' type
+    void* workspace;             // w4a16_workspace_bytes() bytes, zero before the first call; the mma.sp kernels only
+    int m, n, k;                 // n % 16 == 0, k % 32 == 0
+    int group_size;              // 32, 64, 128, or -1 with channel_scale
+    bool bf16;                   // activations and scales are bfloat16, else float16
+    W4A16Kernel kernel = W4A16Kernel::kAuto;
+    int slices = 0;  // wgmma.sp: blocks that share a tile's columns, 1 ... 8; 0: by the sizes
+};
 
 struct W4A16Device {
+    int index;
     int sm_count;
     int capability;  // 10 * major + minor
     bool overlap;    // programmatic dependent launch (capability 90 and later)
 };
 
+// Bytes of workspace that calls which may run at the same time must not share.
 size_t w4a16_workspace_bytes(int sm_count);
-int w4a16_counters(int sm_count);
 
-const char* w4a16_mma(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream);
-const char* w4a16_wgmma(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream);
+const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
+
+// The two families behind it; problem.kernel must name one of theirs.
+const char* w4a16_mma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
+const char* w4a16_wgmma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
 
 }  // namespace vllm_sparse

@@ -19,6 +19,8 @@ constexpr int kPanelBlocks = kW4A16Panel / kRowBlock;
 constexpr int kCodeBytes = 512;      // per row block and step: 4 words per lane, one per unit
 constexpr int kPositionBytes = 256;  // 2 words per lane, one per pair of units
 
+constexpr int kCounterBytes = 4096;  // at the workspace's beginning: one counter per block of the mma.sp kernels
+
 // Bytes of 16 rows x 128 columns: codes, positions, then per row pair (g, g + 8) the scales of each group.
 template <int kGroups>
 constexpr int kBlockBytes = kCodeBytes + kPositionBytes + 32 * kGroups;
@@ -424,8 +426,8 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.channel_scale = problem.channel_scale;
     p.bias = problem.bias;
     p.y = problem.y;
-    p.partials = problem.partials;
-    p.counters = problem.counters;
+    p.counters = static_cast<int*>(problem.workspace);
+    p.partials = reinterpret_cast<float*>(static_cast<char*>(problem.workspace) + kCounterBytes);
     p.m = problem.m, p.n = problem.n, p.k = problem.k;
     p.steps = (problem.k + kStep - 1) / kStep;
     p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;

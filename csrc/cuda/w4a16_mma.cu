@@ -215,8 +215,8 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
 }
 
 template <typename T, int kGroups>
-const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream) {
-    switch (kernel) {
+const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    switch (problem.kernel) {
         case W4A16Kernel::kMma8:
             return run<T, Config<kGroups, 1, 1, 8>>(problem, device, stream);
         case W4A16Kernel::kMma16:
@@ -231,16 +231,16 @@ const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16D
 }
 
 template <typename T>
-const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream) {
+const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
     switch (problem.group_size) {
         case -1:
-            return choose<T, 0>(problem, kernel, device, stream);
+            return choose<T, 0>(problem, device, stream);
         case 128:
-            return choose<T, 1>(problem, kernel, device, stream);
+            return choose<T, 1>(problem, device, stream);
         case 64:
-            return choose<T, 2>(problem, kernel, device, stream);
+            return choose<T, 2>(problem, device, stream);
         case 32:
-            return choose<T, 4>(problem, kernel, device, stream);
+            return choose<T, 4>(problem, device, stream);
         default:
             return "w4a16_mma: group size must be 32, 64, 128 or -1";
     }
@@ -251,10 +251,9 @@ const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16D
 
 namespace vllm_sparse {
 
-const char* w4a16_mma(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream) {
-    if (problem.m <= 0) return nullptr;
-    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, kernel, device, stream)
-                        : w4a16::choose<__half>(problem, kernel, device, stream);
+const char* w4a16_mma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, device, stream)
+                        : w4a16::choose<__half>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse

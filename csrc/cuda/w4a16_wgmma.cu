@@ -8,32 +8,38 @@ namespace {
 
 constexpr int kMaxSlices = 8;  // the largest portable cluster
 
-template <int kGroups_, int kTokens_, int kStages_, int kBlocksPerSm_>
+template <int kGroups_, int kTokens_, int kStages_, int kHalves_>
 struct Config {
     static constexpr int kGroups = kGroups_;
     static constexpr int kTokens = kTokens_;
     static constexpr int kStages = kStages_;
-    static constexpr int kBlocksPerSm = kBlocksPerSm_;  // 2: the next kernel's block fits beside this one
+    // 64-row halves per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2: two
+    // warpgroups of more registers, which many tokens need, each dequantizing one half while the other is multiplied.
+    static constexpr int kHalves = kHalves_;
     static constexpr int kBlocks = kPanelBlocks;
-    static constexpr int kConsumers = 256;
-    static constexpr int kThreads = kConsumers + 128;  // a whole warpgroup, so that its registers can go to the consumers
-    static constexpr int kRegisters = kBlocksPerSm == 2 ? 104 : 240;
+    static constexpr int kWarps = kBlocks / kHalves;
+    static constexpr int kConsumers = 32 * kWarps;
+    static constexpr int kThreads = kConsumers + 128;  // a whole warpgroup copies, so that its registers can go to the consumers
+    static constexpr int kRegisters = kHalves == 1 ? 112 : 240;
     static constexpr int kTokenBytes = 2 * kTokens * kStep;  // two halves of 64 columns, rows of 128 swizzled bytes
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
 
+    // Scale the sums of a step instead of its weights, where a step is one group and the sums are few.
+    static constexpr bool kScaleSums = kGroups == 1 && kTokens <= 16;
+
     // The other blocks of the cluster leave their sums here: 512 bytes per MMA tile of 16 rows x 8 tokens.
     static constexpr int kJ = kTokens / 8;
-    static constexpr int kUnits = 2 * kJ * (kConsumers / 32);
+    static constexpr int kUnits = kHalves * kJ * kWarps;
     static constexpr int kSumBytes = (kUnits + kMaxSlices) * 512;
     static constexpr bool kSumsInStages = kTokens > 64;  // too large to stand beside the stages
     static constexpr int kSums = kSumsInStages ? 0 : (Memory::kLast + 16 + 127) / 128 * 128;
     static constexpr int kSharedBytes = kSumsInStages ? Memory::kBytes : kSums + kSumBytes + 1024;
     static_assert(!kSumsInStages || kSumBytes <= Memory::kFull);
-    static_assert((kSharedBytes + 1024) * kBlocksPerSm <= 228 * 1024);
+    static_assert(kSharedBytes <= 227 * 1024);
 
     // Estimates that choose the number of slices, in nanoseconds: one step, adding up a tile's slices.
-    static constexpr int kStepTime = kTokens <= 32 ? 350 : kTokens <= 64 ? 550 : 1100;
+    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : 650;
     static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : 3500;
 };
 
@@ -134,7 +140,7 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
         decode(words[unit], a[unit], T());
-        if constexpr (C::kGroups > 0) {
+        if constexpr (C::kGroups > 0 && !C::kScaleSums) {
             using Two = typename Pair<T>::type;
             const uint32_t both = block.scales[unit * C::kGroups / kUnits];
             const Two low = bit_cast<Two>(__byte_perm(both, 0, 0x1010)), high = bit_cast<Two>(__byte_perm(both, 0, 0x3232));
@@ -143,6 +149,17 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
                 a[unit][r] = bit_cast<uint32_t>(__hmul2(bit_cast<Two>(a[unit][r]), r % 2 == 0 ? low : high));
             }
         }
+    }
+}
+
+// sum += scale * part
+template <typename T, int kJ>
+__device__ __forceinline__ void add_scaled(float (&sum)[kJ][4], const float (&part)[kJ][4], uint32_t scales) {
+    const float2 scale = unpack(scales, T());
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) {
+        sum[j][0] += scale.x * part[j][0], sum[j][1] += scale.x * part[j][1];
+        sum[j][2] += scale.y * part[j][2], sum[j][3] += scale.y * part[j][3];
     }
 }
 
@@ -165,25 +182,25 @@ __device__ __forceinline__ void store_remote(uint32_t address, int rank, const f
 // Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("units"), in
 // the order of the slices.
 template <typename T, typename C>
-__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[2][C::kJ][4], char* shared, int row_tile, int token0) {
+__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHalves][C::kJ][4], char* shared, int row_tile, int token0) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % p.slices;
     const int share = (C::kUnits + p.slices - 1) / p.slices, reciprocal = 65536 / share + 1;
     const int tokens = p.m - token0;
     char* sums = shared + C::kSums;
     cluster_barrier();  // every block is done with the memory that the sums go to
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < C::kHalves; ++i) {
 #pragma unroll
         for (int j = 0; j < C::kJ; ++j) {
-            const int unit = (i * C::kJ + j) * 8 + warp, to = unit * reciprocal >> 16;
+            const int unit = (i * C::kJ + j) * C::kWarps + warp, to = unit * reciprocal >> 16;
             const uint32_t address = shared_address(sums) + ((rank * share + unit - to * share) * 32 + lane) * 16;
             if (8 * j < tokens) store_remote(address, to, acc[i][j]);
         }
     }
     cluster_barrier();
-    for (int local = warp; local < share && rank * share + local < C::kUnits; local += 8) {
-        const int unit = rank * share + local, tile = unit / 8, i = tile / C::kJ, j = tile % C::kJ, owner = unit % 8;
-        const int row = (row_tile * C::kBlocks + owner / 4 * 8 + owner % 4 + 4 * i) * kRowBlock;
+    for (int local = warp; local < share && rank * share + local < C::kUnits; local += C::kWarps) {
+        const int unit = rank * share + local, tile = unit / C::kWarps, i = tile / C::kJ, j = tile % C::kJ, owner = unit % C::kWarps;
+        const int row = (row_tile * C::kBlocks + owner / 4 * 4 * C::kHalves + owner % 4 + 4 * i) * kRowBlock;
         if (8 * j >= tokens || row >= p.n) continue;
         float c[4] = {};
         for (int slice = 0; slice < p.slices; ++slice) {
@@ -199,7 +216,7 @@ __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[2][C::k
 }
 
 template <typename T, typename C>
-__global__ __launch_bounds__(C::kThreads, C::kBlocksPerSm) void w4a16_wgmma_kernel(const __grid_constant__ Params p,
+__global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __grid_constant__ Params p,
                                                                                    const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
@@ -207,11 +224,11 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocksPerSm) void w4a16_wgmma_kern
     const uint32_t address = shared_address(shared);
     let_next_start();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    if (warp >= C::kConsumers / 32) {
+    if (warp >= C::kWarps) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == C::kConsumers) init_barriers<S>(address, C::kConsumers / 32);
+        if (threadIdx.x == C::kConsumers) init_barriers<S>(address, C::kWarps);
         __syncthreads();
-        const int producer = warp - C::kConsumers / 32;
+        const int producer = warp - C::kWarps;
         if (lane == 0 && producer < kProducers) {
             produce<S, Sliced, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address, producer, [&] {
                 if (p.slices == 1) return;
@@ -223,28 +240,40 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocksPerSm) void w4a16_wgmma_kern
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
     __syncthreads();
     constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
-    const Rows rows{warp / 4 * 8 + warp % 4, 4};
+    const Rows rows{warp / 4 * 4 * C::kHalves + warp % 4, 4};
     const char* weights0 = shared + S::kWeights + rows.first * kBlockBytes<C::kGroups>;
     const bool never = p.m < 0;
-    float acc[2][C::kJ][4];
-    uint32_t a[2][kUnits][4];
-    uint2 positions[2]{};
+    float acc[C::kHalves][C::kJ][4], sum[C::kHalves][C::kJ][4];
+    uint32_t a[C::kHalves][kUnits][4], scales[C::kHalves];
+    uint2 positions[C::kHalves]{};
     uint32_t parity = 0;
     int stage = 0;
     for (Sliced work(p); work.valid(p); work.next(p)) {
         int previous = -1;
+        if constexpr (C::kScaleSums) {
+#pragma unroll
+            for (int half = 0; half < C::kHalves; ++half) {
+#pragma unroll
+                for (int j = 0; j < C::kJ; ++j) sum[half][j][0] = sum[half][j][1] = sum[half][j][2] = sum[half][j][3] = 0.f;
+            }
+        }
         for (int step = work.begin; step < work.end; ++step) {
             barrier_wait(address + S::kFull + 8 * stage, parity);
             const uint32_t tokens = token_descriptor(address + stage * C::kTokenBytes);
-            const int accumulate = step > work.begin;
+            const int accumulate = !C::kScaleSums && step > work.begin;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
+            for (int half = 0; half < C::kHalves; ++half) {
                 const char* packed = weights0 + stage * C::kWeightBytes + 4 * half * kBlockBytes<C::kGroups>;
                 const Block<C> block(packed, lane);
-                wgmma_wait<1>();  // the older of the two groups in flight read a[half] and positions[half]
+                wgmma_wait<C::kHalves - 1>();  // the oldest group in flight read a[half] and positions[half]
                 keep(positions[half], never, address);
-                if (half == 1 && previous >= 0 && lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
+                if (half == C::kHalves - 1 && previous >= 0 && lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
                 positions[half] = load_positions(shared_address(packed) + kCodeBytes + 8 * lane);
+                pin(acc[half]);
+                if constexpr (C::kScaleSums) {
+                    if (step > work.begin) add_scaled<T>(sum[half], acc[half], scales[half]);
+                    scales[half] = block.scales[0];
+                }
                 dequantize<T, C>(a[half], block);
                 pin(acc[half]);
                 wgmma_fence();
@@ -259,10 +288,19 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocksPerSm) void w4a16_wgmma_kern
             if (++stage == C::kStages) stage = 0, parity ^= 1;
         }
         wgmma_wait<0>();
-        keep(positions[0], never, address);
-        keep(positions[1], never, address);
-        pin(acc[0]);
-        pin(acc[1]);
+#pragma unroll
+        for (int half = 0; half < C::kHalves; ++half) {
+            keep(positions[half], never, address);
+            pin(acc[half]);
+            if constexpr (C::kScaleSums) {
+                add_scaled<T>(sum[half], acc[half], scales[half]);
+#pragma unroll
+                for (int j = 0; j < C::kJ; ++j) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) acc[half][j][c] = sum[half][j][c];
+                }
+            }
+        }
         if (lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
         const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
         if (p.slices == 1) {
@@ -318,8 +356,8 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
 }
 
 template <typename T, int kGroups>
-const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream) {
-    switch (kernel) {
+const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    switch (problem.kernel) {
         case W4A16Kernel::kWgmma8:
             return run<T, Config<kGroups, 8, 12, 1>>(problem, device, stream);
         case W4A16Kernel::kWgmma16:
@@ -327,29 +365,27 @@ const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16D
         case W4A16Kernel::kWgmma32:
             return run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
         case W4A16Kernel::kWgmma64:
-            return run<T, Config<kGroups, 64, 5, 1>>(problem, device, stream);
+            return run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
         case W4A16Kernel::kWgmma128:
-            return run<T, Config<kGroups, 128, 4, 1>>(problem, device, stream);
+            return run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
         case W4A16Kernel(9):
-            return run<T, Config<kGroups, 8, 6, 2>>(problem, device, stream);
-        case W4A16Kernel(10):
-            return run<T, Config<kGroups, 16, 5, 2>>(problem, device, stream);
+            return run<T, Config<kGroups, 64, 5, 1>>(problem, device, stream);
         default:
             return "w4a16_wgmma: not a kernel of this file";
     }
 }
 
 template <typename T>
-const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream) {
+const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
     switch (problem.group_size) {
         case -1:
-            return choose<T, 0>(problem, kernel, device, stream);
+            return choose<T, 0>(problem, device, stream);
         case 128:
-            return choose<T, 1>(problem, kernel, device, stream);
+            return choose<T, 1>(problem, device, stream);
         case 64:
-            return choose<T, 2>(problem, kernel, device, stream);
+            return choose<T, 2>(problem, device, stream);
         case 32:
-            return choose<T, 4>(problem, kernel, device, stream);
+            return choose<T, 4>(problem, device, stream);
         default:
             return "w4a16_wgmma: group size must be 32, 64, 128 or -1";
     }
@@ -360,10 +396,9 @@ const char* choose(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16D
 
 namespace vllm_sparse {
 
-const char* w4a16_wgmma(const W4A16Problem& problem, W4A16Kernel kernel, const W4A16Device& device, cudaStream_t stream) {
-    if (problem.m <= 0) return nullptr;
-    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, kernel, device, stream)
-                        : w4a16::choose<__half>(problem, kernel, device, stream);
+const char* w4a16_wgmma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, device, stream)
+                        : w4a16::choose<__half>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse

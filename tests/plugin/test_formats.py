@@ -103,6 +103,20 @@ def test_tiles_that_a_shard_would_cut_are_an_error(vllm_context: VllmContext) ->
         make("gate_up_proj", new_config(case), [64, 64], 256, torch.float16)
 
 
+def test_targets_may_name_the_parts_of_a_fused_layer(vllm_context: VllmContext) -> None:
+    case = sized(next(case for case in SERVED if case.name == "bitmask-fp8"), 64, 64)
+    found = config(case)
+    found["config_groups"]["group_0"]["targets"] = ["re:.*gate_proj$", "re:.*up_proj$"]
+    found["sparsity_config"]["targets"] = ["re:.*gate_proj$", "re:.*up_proj$"]
+    with vllm_context():
+        from vllm_sparse.plugin.config import Sparse24Config
+
+        made = Sparse24Config.from_config(found)
+        made.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+        fused = make("gate_up_proj", made, [64, 64], 64, torch.bfloat16)
+        assert fused.quant_method.scheme.name == "fp8"
+
+
 def test_unstructured_bitmask_says_how_to_convert_it() -> None:
     case = next(case for case in CASES if case.format == "sparse-bitmask")
     with pytest.raises(FormatError, match="convert it once with 'vllm-sparse convert SRC -o OUT'"):

@@ -102,7 +102,7 @@ def _cpu_times() -> tuple[float, float]:
     return sum(times) - times[3] - times[4], sum(times)
 
 
-def idle_check(seconds: float = 0.3) -> list[str]:
+def idle_check(seconds: float = 0.2) -> list[str]:
     """Return one sentence for each thing that keeps this machine busy while nothing of ours runs."""
     warnings = []
     busy, total = _cpu_times()

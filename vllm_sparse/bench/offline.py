@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from vllm_sparse.bench.use_cases import UseCase
 
 ENGINE = (sys.executable, "-m", "vllm_sparse.bench.engine")
 _WARM_UP_TOKENS = 16
+_PLUGIN = re.compile(r"sparse24: (\d+ of \d+ linear layers run .+)")
 _SECONDS = 1800.0  # that one batch may take
 
 
@@ -59,11 +61,14 @@ class Engine:
         self._settings = settings
         self._warm: set[tuple[str, str]] = set()
         command = [*ENGINE, "--model", target.source, *settings.arguments(target)]
+        self._log = log
         self.worker = Worker(target.label, command, log)
 
     def wait(self) -> dict[str, Any]:
-        """Wait until it is loaded; return seconds of loading, bytes of weights and tokens of KV cache."""
-        return self.worker.wait_ready(self._settings.startup_seconds)
+        """Wait until it is loaded; return seconds of loading, bytes, tokens of KV cache, and what the plugin said."""
+        facts = self.worker.wait_ready(self._settings.startup_seconds)
+        said = _PLUGIN.findall(self._log.read_text(encoding="utf-8", errors="replace"))
+        return facts | {"plugin": list(dict.fromkeys(said))}
 
     def _ask(self, job: Job, output: int, seed: int) -> dict[str, Any]:
         request = {"requests": job.requests, "prompt": job.case.prompt, "output": output, "seed": seed}

@@ -135,13 +135,17 @@ class Worker:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return dict(json.loads(line))
 
-    def close(self) -> None:
-        """End the process and everything it started."""
+    def finish(self) -> None:
+        """Tell the process that there are no more jobs."""
         if self.process.stdin is not None:
             with suppress(BrokenPipeError):
                 self.process.stdin.close()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(15)
+
+    def close(self) -> None:
+        """End the process and everything it started."""
+        self.finish()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(15)
         stop(self.process)
         os.close(self._answers)
 

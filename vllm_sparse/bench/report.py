@@ -129,10 +129,17 @@ def _describe(data: Mapping[str, Any]) -> list[str]:
     ]
     if data["scale"] != 1:
         lines.append(f"- **the use cases' lengths are scaled by {data['scale']:g}**, as the table heads say")
-    lines += [
-        f"- {target['label']}: `{' '.join([target['source'], *target['options']])}`" for target in data["targets"]
-    ]
+    for target in data["targets"]:
+        said = [line for row in data["rows"] if row["model"] == target["label"] for line in row.get("plugin", [])]
+        lines.append(f"- {target['label']}: {'; '.join([_name(target), *said])}")
     return lines
+
+
+def _name(target: Mapping[str, Any]) -> str:
+    """Return how a model was given: paths by their last part, since machines differ in the rest."""
+    source = str(target["source"])
+    name = source if source.startswith("http") else Path(source).name
+    return f"`{' '.join([name, *target['options']])}`"
 
 
 def sections(summary: Summary) -> list[tuple[str, str]]:

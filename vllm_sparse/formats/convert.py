@@ -23,11 +23,13 @@ from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.formats.stock import dense_tensors, stock_config
+from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 _SHARD_BYTES = 1 << 30
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _NOT_COPIED = {"quantize_config.json"}  # says again, for GPTQ, what config.json no longer does
+_BITMASK = ("compressed", "bitmask", "shape", "row_offsets")
 _KV_CACHE = {"k_scale", "v_scale", "q_scale", "output_scale"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -67,7 +69,10 @@ def layers_of(checkpoint: Checkpoint, form: Format) -> dict[str, dict[str, str]]
                 called = name.removesuffix(ending) + other
                 break
         module, _, last = called.rpartition(".")
-        modules.setdefault(module, {})[last] = name
+        names = modules.setdefault(module, {})
+        if last in names:
+            raise FormatError(f"{checkpoint.path}: {names[last]!r} and {name!r} are two names of one tensor")
+        names[last] = name
     return modules
 
 
@@ -112,8 +117,11 @@ class Converter:
         form, shapes = self.form, {last: info.shape for last, info in self._infos(names).items()}
         if self._stock is not None and not isinstance(form, BitmaskFormat):
             return False  # dense as it is
-        if isinstance(form, DenseFormat) and _outside_linear(module):
-            return False
+        if isinstance(form, DenseFormat):
+            # A router of a mixture of experts may be float32 in a bf16 model.
+            dtypes = {self.checkpoint.tensors[name].dtype for last, name in names.items() if last == "weight"}
+            if _outside_linear(module) or not dtypes <= set(SCHEMES["bf16"].value_dtypes):
+                return False
         if form.scheme_of(module) is None:
             return False
         if form.features(module, shapes) is not None:
@@ -138,7 +146,7 @@ class Converter:
                 self.summary.dense.append(module)
             return
         if self._stock is not None:
-            self._add(module, tensors | {"weight": weight.to_dense_codes()}, less=("compressed", "bitmask", "shape"))
+            self._add(module, tensors | {"weight": weight.to_dense_codes()}, less=_BITMASK)
             self.summary.sparse += 1
             return
         self._add(module, self._written(module, weight))
@@ -170,7 +178,7 @@ class Converter:
             )
         if isinstance(self.form, SparseBitmaskFormat):
             tensors = {**tensors, "weight": self.form.to_dense_codes(module, tensors)}
-        self._add(module, tensors, less=("compressed", "bitmask", "shape", "row_offsets"))
+        self._add(module, tensors, less=_BITMASK)
         if not _is_embedding(module):
             self.summary.dense.append(module)
 
@@ -213,7 +221,7 @@ class Converter:
             return stock_config(self._kinds, self.summary.dense)
         if not self._kinds:
             raise FormatError(
-                f"{self.checkpoint.path}: none of its linear layers is 2:4, so there is nothing to convert"
+                f"{self.checkpoint.path}: none of its linear layers is 2:4 in a scheme that the native format has"
             )
         return replace(self._native(next(iter(self._kinds))), ignore=tuple(sorted(self.summary.dense))).to_config()
 

@@ -75,7 +75,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         if getattr(type(layer), "weight_loader", None) is ReplicatedLinear.weight_loader:
             loader = load_replicated
-        self._specs = self._tensors()
+        # Metadata is dropped by the config's mapper: it would tell nothing new, and it comes once per fused part, which
+        # makes the loader believe that the layer is complete too early.
+        self._specs = tuple(spec for spec in self._tensors() if not spec.metadata)
         for spec in self._specs:
             layer.register_parameter(spec.name, make_parameter(spec, self.module, self.parts, loader, self._device()))
         if self.scheme.activation is not None:
@@ -149,13 +151,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         for spec in self._specs:
             parameter: Any = layer.get_parameter(spec.name)
             complete = take_complete(parameter)
-            if not complete and not (spec.optional or spec.metadata):
+            if not complete and not spec.optional:
                 raise FormatError(
                     f"{self.module}: tensor {spec.name} is not in the checkpoint, or only a part of it; "
                     f"a shard is missing, or the config does not describe the file"
                 )
-            # Metadata repeats what the shapes say, of the whole layer, and a shard is not the whole.
-            if complete and not spec.metadata:
+            if complete:
                 loaded[spec.name] = parameter.data
         return loaded
 
