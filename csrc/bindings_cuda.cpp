@@ -1,4 +1,5 @@
-// Python's view of csrc/cuda: raw pointers, sizes and a stream in, nothing out. Shapes are checked in vllm_sparse/kernels/cuda_*.py.
+// Python's view of csrc/cuda: raw pointers, sizes and a stream in, nothing out. Shapes are checked in
+// vllm_sparse/kernels/cuda_*.py.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -23,9 +24,9 @@ void check(const char* kernel, const char* error) {
     if (error != nullptr) throw std::runtime_error(std::string(kernel) + ": " + error);
 }
 
-void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_per_token, Pointer weight, Pointer weight_scale,
-                Pointer bias, Pointer out, bool half_out, int m, int n, int k, int device, int configuration, bool programmatic,
-                Pointer stream) {
+void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_per_token, Pointer weight,
+                Pointer weight_scale, Pointer bias, Pointer out, bool half_out, int m, int n, int k, int device,
+                int configuration, bool programmatic, Pointer stream) {
     const vllm_sparse::fp8::LinearArguments arguments{at<const void>(x),
                                                       x_stride,
                                                       at<const float>(x_scale),
@@ -42,9 +43,9 @@ void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_
     check("fp8_linear", vllm_sparse::fp8::linear(arguments, configuration, programmatic, at<void>(stream)));
 }
 
-void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m, int n, int k,
-                  int group_size, bool bf16, int kernel, int slices, int device, int sm_count, int capability, bool overlap,
-                  Pointer stream) {
+void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m,
+                  int n, int k, int group_size, bool bf16, int kernel, int slices, int device, int sm_count,
+                  int capability, bool overlap, Pointer stream) {
     const vllm_sparse::W4A16Problem problem{at<const void>(x),
                                             at<const void>(weight),
                                             at<const float>(channel_scale),

@@ -1,6 +1,6 @@
-// W4A16 2:4 sparse linear on Hopper's wgmma.sp (sm_90a): the sparse weights are dequantized in registers, the tokens come
-// from shared memory. Two consumer warpgroups of 128 rows each; while the tensor cores work on one 64-row half of a
-// warpgroup's step, the warpgroup dequantizes the other.
+// W4A16 2:4 sparse linear on Hopper's wgmma.sp (sm_90a): the sparse weights are dequantized in registers, the tokens
+// come from shared memory. Two consumer warpgroups of 128 rows each; while the tensor cores work on one 64-row half of
+// a warpgroup's step, the warpgroup dequantizes the other.
 #include "w4a16_common.cuh"
 
 namespace vllm_sparse::w4a16 {
@@ -13,20 +13,19 @@ struct Config {
     static constexpr int kGroups = kGroups_;
     static constexpr int kTokens = kTokens_;
     static constexpr int kStages = kStages_;
-    // 64-row halves per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2: two
-    // warpgroups of more registers, which many tokens need, each dequantizing one half while the other is multiplied.
+    // 64-row halves per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2:
+    // two warpgroups of more registers, which many tokens need, each dequantizing one half while the other is
+    // multiplied.
     static constexpr int kHalves = kHalves_;
     static constexpr int kBlocks = kPanelBlocks;
     static constexpr int kWarps = kBlocks / kHalves;
     static constexpr int kConsumers = 32 * kWarps;
-    static constexpr int kThreads = kConsumers + 128;  // a whole warpgroup copies, so that its registers can go to the consumers
+    static constexpr int kThreads =
+        kConsumers + 128;  // a whole warpgroup copies, so that its registers can go to the consumers
     static constexpr int kRegisters = kHalves == 1 ? 112 : 240;
     static constexpr int kTokenBytes = 2 * kTokens * kStep;  // two halves of 64 columns, rows of 128 swizzled bytes
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
-
-    // Scale the sums of a step instead of its weights, where a step is one group and the sums are few.
-    static constexpr bool kScaleSums = kGroups == 1 && kTokens <= 16;
 
     // The other blocks of the cluster leave their sums here: 512 bytes per MMA tile of 16 rows x 8 tokens.
     static constexpr int kJ = kTokens / 8;
@@ -54,33 +53,38 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int kJ>
 __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
+    for (int j = 0; j < kJ; ++j)
+        asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
 #define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define D8(j) D4(j), D4(j + 1)
 #define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
-#define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                   \
-    asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P ", 0;\n"             \
-                 "mov.b64 tokens, {%" #B ", 0x40000040};\n"                                                     \
-                 "wgmma.mma_async.sp.sync.aligned.m64n" shape "k32.f32." type "." type " {" registers "}, " A   \
-                 ", tokens, %" #E ", %" #S ", accumulate, 1, 1, 0;\n}"                                         \
-                 : outputs                                                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),     \
+#define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                 \
+    asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P                 \
+                 ", 0;\n"                                                                                     \
+                 "mov.b64 tokens, {%" #B                                                                      \
+                 ", 0x40000040};\n"                                                                           \
+                 "wgmma.mma_async.sp.sync.aligned.m64n" shape "k32.f32." type "." type " {" registers "}, " A \
+                 ", tokens, %" #E ", %" #S ", accumulate, 1, 1, 0;\n}"                                        \
+                 : outputs                                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),   \
                    "r"(accumulate))
 #define REGISTERS_4 "%0, %1, %2, %3"
 #define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
 #define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_64                                                                                    \
-    REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"      \
-                 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_64                                                                       \
+    REGISTERS_32                                                                           \
+        ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+        ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_8(type) WGMMA("8", type, REGISTERS_4, D4(0), "{%4, %5, %6, %7}", 8, 9, 10, 11)
 #define WGMMA_16(type) WGMMA("16", type, REGISTERS_8, D8(0), "{%8, %9, %10, %11}", 12, 13, 14, 15)
 #define WGMMA_32(type) WGMMA("32", type, REGISTERS_16, D16(0), "{%16, %17, %18, %19}", 20, 21, 22, 23)
 #define WGMMA_64(type) WGMMA("64", type, REGISTERS_32, D16(0) COMMA D16(4), "{%32, %33, %34, %35}", 36, 37, 38, 39)
-#define WGMMA_128(type) \
-    WGMMA("128", type, REGISTERS_64, D16(0) COMMA D16(4) COMMA D16(8) COMMA D16(12), "{%64, %65, %66, %67}", 68, 69, 70, 71)
+#define WGMMA_128(type)                                                                                              \
+    WGMMA("128", type, REGISTERS_64, D16(0) COMMA D16(4) COMMA D16(8) COMMA D16(12), "{%64, %65, %66, %67}", 68, 69, \
+          70, 71)
 #define COMMA ,
 
 // d[64 rows][tokens] = a (2:4, k = 32) * tokens (+ d). kSelector: which thread pair of a quad holds the positions.
@@ -101,15 +105,16 @@ __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4],
     if constexpr (kJ == 16 && !kBf16) WGMMA_128("f16");
 }
 
-// Low word of the matrix descriptor of [tokens][64] 16-bit values in rows of 128 bytes with the 128-byte swizzle. The high
-// word, 0x40000040, says swizzle (1 << 30) and 1024 bytes per 8 rows (64 << 0, in units of 16).
+// Low word of the matrix descriptor of [tokens][64] 16-bit values in rows of 128 bytes with the 128-byte swizzle. The
+// high word, 0x40000040, says swizzle (1 << 30) and 1024 bytes per 8 rows (64 << 0, in units of 16).
 __device__ __forceinline__ uint32_t token_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
 
-// wgmma may read the positions' registers while it runs, but the compiler takes them for free once it is issued. A store
-// that never happens (`never` is false) after the wait keeps them; only then are the next positions loaded.
+// wgmma may read the positions' registers while it runs, but the compiler takes them for free once it is issued. A
+// store that never happens (`never` is false) after the wait keeps them; only then are the next positions loaded.
 __device__ __forceinline__ void keep(uint2 positions, bool never, uint32_t address) {
 #ifndef NOGUARD
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.shared.v2.b32 [%1], {%2, %3};\n}" ::"r"(static_cast<int>(never)),
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.shared.v2.b32 [%1], {%2, %3};\n}" ::"r"(
+                     static_cast<int>(never)),
                  "r"(address), "r"(positions.x), "r"(positions.y)
                  : "memory");
 #endif
@@ -126,11 +131,15 @@ struct Block {
     uint4 codes;
     uint32_t scales[C::kGroups == 0 ? 1 : C::kGroups];
 
-    __device__ __forceinline__ Block(const char* from, int lane) {
-        codes = reinterpret_cast<const uint4*>(from)[lane];
-        const uint32_t* scale = reinterpret_cast<const uint32_t*>(from + kCodeBytes + kPositionBytes) + lane / 4 * C::kGroups;
+    __device__ __forceinline__ Block(uint32_t codes_address, uint32_t scales_address) {
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w)
+                     : "r"(codes_address)
+                     : "memory");
 #pragma unroll
-        for (int group = 0; group < C::kGroups; ++group) scales[group] = scale[group];
+        for (int group = 0; group < C::kGroups; ++group) {
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(scales[group]) : "r"(scales_address + 4 * group) : "memory");
+        }
     }
 };
 
@@ -140,26 +149,16 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
         decode(words[unit], a[unit], T());
-        if constexpr (C::kGroups > 0 && !C::kScaleSums) {
+        if constexpr (C::kGroups > 0) {
             using Two = typename Pair<T>::type;
             const uint32_t both = block.scales[unit * C::kGroups / kUnits];
-            const Two low = bit_cast<Two>(__byte_perm(both, 0, 0x1010)), high = bit_cast<Two>(__byte_perm(both, 0, 0x3232));
+            const Two low = bit_cast<Two>(__byte_perm(both, 0, 0x1010)),
+                      high = bit_cast<Two>(__byte_perm(both, 0, 0x3232));
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 a[unit][r] = bit_cast<uint32_t>(__hmul2(bit_cast<Two>(a[unit][r]), r % 2 == 0 ? low : high));
             }
         }
-    }
-}
-
-// sum += scale * part
-template <typename T, int kJ>
-__device__ __forceinline__ void add_scaled(float (&sum)[kJ][4], const float (&part)[kJ][4], uint32_t scales) {
-    const float2 scale = unpack(scales, T());
-#pragma unroll
-    for (int j = 0; j < kJ; ++j) {
-        sum[j][0] += scale.x * part[j][0], sum[j][1] += scale.x * part[j][1];
-        sum[j][2] += scale.y * part[j][2], sum[j][3] += scale.y * part[j][3];
     }
 }
 
@@ -179,10 +178,11 @@ __device__ __forceinline__ void store_remote(uint32_t address, int rank, const f
         : "memory");
 }
 
-// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("units"), in
-// the order of the slices.
+// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("units"),
+// in the order of the slices.
 template <typename T, typename C>
-__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHalves][C::kJ][4], char* shared, int row_tile, int token0) {
+__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHalves][C::kJ][4], char* shared,
+                                           int row_tile, int token0) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % p.slices;
     const int share = (C::kUnits + p.slices - 1) / p.slices, reciprocal = 65536 / share + 1;
     const int tokens = p.m - token0;
@@ -199,7 +199,8 @@ __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHal
     }
     cluster_barrier();
     for (int local = warp; local < share && rank * share + local < C::kUnits; local += C::kWarps) {
-        const int unit = rank * share + local, tile = unit / C::kWarps, i = tile / C::kJ, j = tile % C::kJ, owner = unit % C::kWarps;
+        const int unit = rank * share + local, tile = unit / C::kWarps, i = tile / C::kJ, j = tile % C::kJ,
+                  owner = unit % C::kWarps;
         const int row = (row_tile * C::kBlocks + owner / 4 * 4 * C::kHalves + owner % 4 + 4 * i) * kRowBlock;
         if (8 * j >= tokens || row >= p.n) continue;
         float c[4] = {};
@@ -215,13 +216,110 @@ __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHal
     }
 }
 
+// One consumer warp's part of the main loop. Two wgmma groups are in flight, each with its own operand registers: the
+// two 64-row halves of a step (kHalves 2), or two steps in turn (kHalves 1).
+template <typename T, typename C>
+struct Consumer {
+    using S = typename C::Memory;
+
+    float acc[C::kHalves][C::kJ][4];
+    Rows rows;
+
+    __device__ __forceinline__ Consumer(const Params& p, uint32_t address, int warp, int lane)
+        : rows{warp / 4 * 4 * C::kHalves + warp % 4, 4}, address_(address), lane_(lane), never_(p.m < 0) {
+        const uint32_t block = address + S::kWeights + rows.first * kBlockBytes<C::kGroups>;
+        codes_ = block + 16 * lane;
+        positions_address_ = block + kCodeBytes + 8 * lane;
+        scales_address_ = block + kCodeBytes + kPositionBytes + lane / 4 * 4 * C::kGroups;
+    }
+
+    // acc = this slice of the tile's sums.
+    __device__ __forceinline__ void run(const Sliced& work) {
+        held_ = 0;
+        if constexpr (C::kHalves == 2) {
+            for (int step = work.begin; step < work.end; ++step) {
+                barrier_wait(address_ + S::kFull + 8 * stage_, parity_);
+                multiply<0, C::kStages>(acc[0], 0,
+                                        step > work.begin);  // the last step is in use still: release nothing
+                multiply<1, 0>(acc[1], 4 * kBlockBytes<C::kGroups>, step > work.begin);
+                advance();
+            }
+        } else {
+            for (int step = work.begin;;) {
+                one_step<0>(step, work);
+                if (++step == work.end) break;
+                one_step<1>(step, work);
+                if (++step == work.end) break;
+            }
+        }
+        wgmma_wait<0>();
+        keep(positions_[0], never_, address_);
+        keep(positions_[1], never_, address_);
+#pragma unroll
+        for (int half = 0; half < C::kHalves; ++half) pin(acc[half]);
+        while (held_ > 0) release();
+    }
+
+ private:
+    template <int kBuffer>
+    __device__ __forceinline__ void one_step(int step, const Sliced& work) {
+        barrier_wait(address_ + S::kFull + 8 * stage_, parity_);
+        multiply<kBuffer, 1>(acc[0], 0, step > work.begin);
+        advance();
+    }
+
+    // Issue the products of 64 rows, `offset` bytes into the step. Before that all groups but the last are waited for,
+    // so that all but the `kInUse` latest of the held stages can go back.
+    template <int kBuffer, int kInUse>
+    __device__ __forceinline__ void multiply(float (&d)[C::kJ][4], int offset, int accumulate) {
+        constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
+        const uint32_t at = stage_ * C::kWeightBytes + offset;
+        const uint32_t tokens = token_descriptor(address_ + stage_ * C::kTokenBytes);
+        const Block<C> block(codes_ + at, scales_address_ + at);
+        wgmma_wait<1>();
+        keep(positions_[kBuffer], never_, address_);
+        if (held_ > kInUse) release();
+        positions_[kBuffer] = load_positions(positions_address_ + at);
+        dequantize<T, C>(a_[kBuffer], block);
+        pin(d);
+        wgmma_fence();
+        wgmma<T, 0>(d, a_[kBuffer][0], tokens, positions_[kBuffer].x, accumulate);
+        wgmma<T, 1>(d, a_[kBuffer][1], tokens + 4, positions_[kBuffer].x, 1);
+        wgmma<T, 0>(d, a_[kBuffer][2], tokens + kHalf, positions_[kBuffer].y, 1);
+        wgmma<T, 1>(d, a_[kBuffer][3], tokens + kHalf + 4, positions_[kBuffer].y, 1);
+        wgmma_commit();
+        pin(d);
+    }
+
+    // Give the oldest held stage back.
+    __device__ __forceinline__ void release() {
+        if (lane_ == 0) barrier_arrive(address_ + S::kEmpty + 8 * oldest_);
+        if (++oldest_ == C::kStages) oldest_ = 0;
+        --held_;
+    }
+
+    __device__ __forceinline__ void advance() {
+        ++held_;
+        if (++stage_ == C::kStages) stage_ = 0, parity_ ^= 1;
+    }
+
+    uint32_t address_, codes_, positions_address_, scales_address_;
+    int lane_;
+    bool never_;
+    uint32_t a_[2][kUnits][4];
+    uint2 positions_[2]{};
+    uint32_t parity_ = 0;
+    int stage_ = 0, oldest_ = 0, held_ = 0;
+};
+
 template <typename T, typename C>
 __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __grid_constant__ Params p,
-                                                                                   const __grid_constant__ CUtensorMap token_map) {
+                                                                     const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
-    const uint32_t address = shared_address(shared);
+    // Shuffled, so that the compiler keeps the address in a register instead of computing it anew in every step.
+    const uint32_t address = __shfl_sync(0xffffffffu, shared_address(shared), 0);
     let_next_start();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp >= C::kWarps) {
@@ -239,72 +337,13 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
     __syncthreads();
-    constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
-    const Rows rows{warp / 4 * 4 * C::kHalves + warp % 4, 4};
-    const char* weights0 = shared + S::kWeights + rows.first * kBlockBytes<C::kGroups>;
-    const bool never = p.m < 0;
-    float acc[C::kHalves][C::kJ][4], sum[C::kHalves][C::kJ][4];
-    uint32_t a[C::kHalves][kUnits][4], scales[C::kHalves];
-    uint2 positions[C::kHalves]{};
-    uint32_t parity = 0;
-    int stage = 0;
+    Consumer<T, C> consumer(p, address, warp, lane);
     for (Sliced work(p); work.valid(p); work.next(p)) {
-        int previous = -1;
-        if constexpr (C::kScaleSums) {
-#pragma unroll
-            for (int half = 0; half < C::kHalves; ++half) {
-#pragma unroll
-                for (int j = 0; j < C::kJ; ++j) sum[half][j][0] = sum[half][j][1] = sum[half][j][2] = sum[half][j][3] = 0.f;
-            }
-        }
-        for (int step = work.begin; step < work.end; ++step) {
-            barrier_wait(address + S::kFull + 8 * stage, parity);
-            const uint32_t tokens = token_descriptor(address + stage * C::kTokenBytes);
-            const int accumulate = !C::kScaleSums && step > work.begin;
-#pragma unroll
-            for (int half = 0; half < C::kHalves; ++half) {
-                const char* packed = weights0 + stage * C::kWeightBytes + 4 * half * kBlockBytes<C::kGroups>;
-                const Block<C> block(packed, lane);
-                wgmma_wait<C::kHalves - 1>();  // the oldest group in flight read a[half] and positions[half]
-                keep(positions[half], never, address);
-                if (half == C::kHalves - 1 && previous >= 0 && lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
-                positions[half] = load_positions(shared_address(packed) + kCodeBytes + 8 * lane);
-                pin(acc[half]);
-                if constexpr (C::kScaleSums) {
-                    if (step > work.begin) add_scaled<T>(sum[half], acc[half], scales[half]);
-                    scales[half] = block.scales[0];
-                }
-                dequantize<T, C>(a[half], block);
-                pin(acc[half]);
-                wgmma_fence();
-                wgmma<T, 0>(acc[half], a[half][0], tokens, positions[half].x, accumulate);
-                wgmma<T, 1>(acc[half], a[half][1], tokens + 4, positions[half].x, 1);
-                wgmma<T, 0>(acc[half], a[half][2], tokens + kHalf, positions[half].y, 1);
-                wgmma<T, 1>(acc[half], a[half][3], tokens + kHalf + 4, positions[half].y, 1);
-                wgmma_commit();
-                pin(acc[half]);
-            }
-            previous = stage;
-            if (++stage == C::kStages) stage = 0, parity ^= 1;
-        }
-        wgmma_wait<0>();
-#pragma unroll
-        for (int half = 0; half < C::kHalves; ++half) {
-            keep(positions[half], never, address);
-            pin(acc[half]);
-            if constexpr (C::kScaleSums) {
-                add_scaled<T>(sum[half], acc[half], scales[half]);
-#pragma unroll
-                for (int j = 0; j < C::kJ; ++j) {
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) acc[half][j][c] = sum[half][j][c];
-                }
-            }
-        }
-        if (lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
+        consumer.run(work);
+        auto& acc = consumer.acc;
         const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
         if (p.slices == 1) {
-            store_tile<T>(p, acc, row_tile * C::kBlocks, rows, token0);
+            store_tile<T>(p, acc, row_tile * C::kBlocks, consumer.rows, token0);
         } else {
             add_slices<T, C>(p, acc, shared, row_tile, token0);
         }
@@ -347,7 +386,8 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     for (int slices = 1; slices <= kMaxSlices && slices <= p.steps; ++slices) {
         if (problem.slices != 0 && problem.slices != slices) continue;
         const int rounds = (p.tiles + clusters(slices) - 1) / clusters(slices);
-        const int64_t time = static_cast<int64_t>(rounds) * ((p.steps + slices - 1) / slices * C::kStepTime + (slices > 1) * C::kSumTime);
+        const int64_t time = static_cast<int64_t>(rounds) *
+                             ((p.steps + slices - 1) / slices * C::kStepTime + (slices > 1) * C::kSumTime);
         if (time < best) best = time, p.slices = slices;
     }
     const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,
@@ -368,8 +408,6 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
             return run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
         case W4A16Kernel::kWgmma128:
             return run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
-        case W4A16Kernel(9):
-            return run<T, Config<kGroups, 64, 5, 1>>(problem, device, stream);
         default:
             return "w4a16_wgmma: not a kernel of this file";
     }
