@@ -1,5 +1,6 @@
 # make demo   compress a real model and serve it, dense against 2:4, in one table
 # make test   everything CI checks
+# make report write the README's performance section from benchmarks/results
 # make venv   only the virtual environment with the package built in place
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ PIP := $(BIN)/pip install -q --no-compile
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 SOURCES := $(wildcard csrc/*.cpp csrc/cpu/* csrc/cuda/*) CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml
 
-.PHONY: venv demo test lint format clean
+.PHONY: venv demo test lint format report clean
 venv: $(VENV)/.dev
 
 $(VENV)/.installed: requirements/build.txt requirements/$(DEVICE).txt
@@ -53,6 +54,9 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.h csrc/cuda/*.cuh)
+
+report: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf build $(VENV) $(DEMO_OUT) vllm_sparse/*.so *.egg-info

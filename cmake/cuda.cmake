@@ -4,6 +4,7 @@ enable_language(CUDA)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+find_package(CUDAToolkit REQUIRED)
 
 # Kernels for one architecture's own instructions, and kernels for every GPU since Ampere.
 set(HOPPER_SOURCES csrc/cuda/fp8_linear.cu csrc/cuda/w4a16_wgmma.cu)
@@ -27,4 +28,5 @@ set_target_properties(vllm_sparse_cuda PROPERTIES LINKER_LANGUAGE CUDA CUDA_ARCH
 
 pybind11_add_module(_cuda MODULE NO_EXTRAS csrc/bindings_cuda.cpp)
 target_link_libraries(_cuda PRIVATE vllm_sparse_cuda)
+target_include_directories(_cuda PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
 set_target_properties(_cuda PROPERTIES LIBRARY_OUTPUT_DIRECTORY "${VLLM_SPARSE_OUTPUT}" CUDA_ARCHITECTURES "90a-real")

@@ -72,6 +72,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("FP8_COLUMN_PADDING") = vllm_sparse::fp8::kColumnPadding;
     module.def("fp8_configurations", &vllm_sparse::fp8::configuration_count, "Number of tile configurations");
     module.def("fp8_configuration_tokens", &vllm_sparse::fp8::configuration_tokens, py::arg("configuration"));
+    module.def("fp8_choose_configuration", &vllm_sparse::fp8::choose_configuration, py::arg("m"), py::arg("n"),
+               py::arg("k"), py::arg("multiprocessors"));
     module.def("fp8_linear", fp8_linear);
     module.def("w4a16_workspace_bytes", &vllm_sparse::w4a16_workspace_bytes, py::arg("sm_count"));
     module.def("w4a16_linear", w4a16_linear);

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -59,6 +60,25 @@ Range part(std::int64_t count, std::int64_t i, std::int64_t parts) {
     return {count * i / parts, count * (i + 1) / parts};
 }
 
+// A tile of tokens: its first row and the rows it is laid out for, 1, 2, 4, 8 or 16. Only the last one is padded.
+struct Tile {
+    std::int64_t first;
+    int rows;
+};
+
+// Tiles for `count` rows. A tile costs nearly what its rows cost, padded ones too, so a rest of 5, 6 or 9 to 12 rows
+// becomes two tiles (4 + 1, 4 + 2, 8 + 1 to 4): the second finds the stripe in the cache.
+std::vector<Tile> tiles_for(std::int64_t count, int max_rows) {
+    std::vector<Tile> tiles;
+    for (std::int64_t first = 0; first < count; first += tiles.back().rows) {
+        const std::int64_t left = count - first;
+        int rows = left < max_rows ? 1 << log2_tile(static_cast<int>(left)) : max_rows;
+        if (rows >= 8 && 4 * left <= 3 * rows) rows /= 2;
+        tiles.push_back({first, rows});
+    }
+    return tiles;
+}
+
 // One pass over at most kRowsPerPass rows.
 class Pass {
  public:
@@ -77,9 +97,8 @@ class Pass {
         }
         element_bytes_ = activation_ == Activation::f32 ? 4 : activation_ == Activation::bf16 ? 2 : 1;
         panels_ = (weight.k + kColumns - 1) / kColumns;
-        tiles_ = (input.m + tier.max_rows - 1) / tier.max_rows;
-        const std::int64_t last = input.m - (tiles_ - 1) * tier.max_rows;
-        padded_rows_ = (tiles_ - 1) * tier.max_rows + (std::int64_t{1} << log2_tile(static_cast<int>(last)));
+        tiles_ = tiles_for(input.m, tier.max_rows);
+        padded_rows_ = tiles_.back().first + tiles_.back().rows;
     }
 
     void run() {
@@ -102,12 +121,8 @@ class Pass {
     }
 
  private:
-    int tile_rows(std::int64_t tile) const {
-        return static_cast<int>(std::min<std::int64_t>(tier_.max_rows, padded_rows_ - tile * tier_.max_rows));
-    }
-
-    std::uint8_t* tile_memory(std::int64_t tile) const {
-        return activations_ + tile * tier_.max_rows * panels_ * kColumns * element_bytes_;
+    std::uint8_t* activations_of(const Tile& tile) const {
+        return activations_ + tile.first * panels_ * kColumns * element_bytes_;
     }
 
     const void* row(std::int64_t i) const {
@@ -124,28 +139,31 @@ class Pass {
     }
 
     void lay_out(std::int64_t thread, std::int64_t threads) {
-        // One tile: share its columns; else share the tiles.
-        const Range tiles = tiles_ == 1 ? Range{0, 1} : part(tiles_, thread, threads);
-        const Range panels = tiles_ == 1 ? part(panels_, thread, threads) : Range{0, panels_};
-        const std::int64_t begin = panels.begin * kColumns, end = std::min(panels.end * kColumns, weight_.k);
-        if (begin >= end) return;
-        for (std::int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-            const int rows = tile_rows(tile);
-            const std::int64_t first = tile * tier_.max_rows;
-            const int real = static_cast<int>(std::min<std::int64_t>(rows, input_.m - first));
-            const std::int64_t padded = real < rows ? begin : end / kColumns * kColumns;
-            const std::int64_t row_bytes = rows * element_bytes_;
-            std::memset(tile_memory(tile) + padded * row_bytes, 0, (panels.end * kColumns - padded) * row_bytes);
-            for (int r = 0; r < real; ++r)
-                tier_.pack({row(first + r), tile_memory(tile), begin, end - begin, r, rows, input_.dtype, activation_,
-                            input_.quantize, input_.quantize == Quantize::none ? 1.0f : scales_[first + r],
-                            tier_.int8_offset});
+        const std::int64_t count = static_cast<std::int64_t>(tiles_.size());
+        if (count >= threads) {
+            const Range mine = part(count, thread, threads);
+            for (std::int64_t i = mine.begin; i < mine.end; ++i) lay_out(tiles_[i], {0, panels_});
+        } else {
+            for (const Tile& tile : tiles_) lay_out(tile, part(panels_, thread, threads));
         }
+    }
+
+    void lay_out(const Tile& tile, Range panels) {
+        const std::int64_t begin = panels.begin * kColumns, end = std::min(panels.end * kColumns, weight_.k);
+        const int real = static_cast<int>(std::min<std::int64_t>(tile.rows, input_.m - tile.first));
+        const std::int64_t padded = real < tile.rows ? begin : end / kColumns * kColumns;
+        const std::int64_t column_bytes = tile.rows * element_bytes_;
+        std::uint8_t* memory = activations_of(tile);
+        std::memset(memory + padded * column_bytes, 0, (panels.end * kColumns - padded) * column_bytes);
+        for (int r = 0; r < real; ++r)
+            tier_.pack({row(tile.first + r), memory, begin, end - begin, r, tile.rows, input_.dtype, activation_,
+                        input_.quantize, input_.quantize == Quantize::none ? 1.0f : scales_[tile.first + r],
+                        tier_.int8_offset});
     }
 
     void multiply(Range mine) {
         thread_local Scratch own;
-        const bool blocked = tiles_ > 1;
+        const bool blocked = padded_rows_ > kMaxRows;
         const std::int64_t stripes_per_block = blocked ? kStripesPerBlock : 1;
         const std::int64_t group_panels = weight_.group_size / kColumns;
         std::int64_t block_panels = panels_;
@@ -159,24 +177,23 @@ class Pass {
             const Range block{first, std::min(first + stripes_per_block, mine.end)};
             std::memset(sums, 0, bytes);
             for (std::int64_t panel = 0; panel < panels_; panel += block_panels)
-                for (std::int64_t tile = 0; tile < tiles_; ++tile)
+                for (const Tile& tile : tiles_)
                     for (std::int64_t stripe = block.begin; stripe < block.end; ++stripe)
                         multiply_tile(stripe, tile, {panel, std::min(panel + block_panels, panels_)},
-                                      sums_of(sums, stripe - block.begin, tile));
+                                      sums_of(sums, stripe - block.begin, tile.first));
             for (std::int64_t stripe = block.begin; stripe < block.end; ++stripe)
                 finish(stripe, sums_of(sums, stripe - block.begin, 0));
         }
     }
 
-    std::uint8_t* sums_of(std::uint8_t* sums, std::int64_t stripe, std::int64_t tile) const {
-        return sums + (stripe * padded_rows_ + tile * tier_.max_rows) * kChannels * sizeof(float);
+    std::uint8_t* sums_of(std::uint8_t* sums, std::int64_t stripe, std::int64_t row) const {
+        return sums + (stripe * padded_rows_ + row) * kChannels * sizeof(float);
     }
 
-    void multiply_tile(std::int64_t stripe, std::int64_t tile, Range panels, void* sums) const {
-        const int rows = tile_rows(tile);
+    void multiply_tile(std::int64_t stripe, const Tile& tile, Range panels, void* sums) const {
         Block block{};
         block.weight = weight_.panels + (stripe * panels_ + panels.begin) * panel_bytes(weight_.format);
-        block.activations = tile_memory(tile) + panels.begin * kColumns * rows * element_bytes_;
+        block.activations = activations_of(tile) + panels.begin * kColumns * tile.rows * element_bytes_;
         block.sums = sums;
         block.panels = panels.end - panels.begin;
         if (weight_.group_scales) {
@@ -186,27 +203,27 @@ class Pass {
             block.scales = static_cast<const std::uint8_t*>(weight_.group_scales) +
                            group * kChannels * dtype_bytes(block.scale_dtype);
         }
-        multiply_[log2_tile(rows)](block);
+        multiply_[log2_tile(tile.rows)](block);
     }
 
     void finish(std::int64_t stripe, const std::uint8_t* sums) const {
         const std::int64_t channel = stripe * kChannels;
-        FinishRow f{};
+        Finish f{};
+        f.sums = sums;
         if (weight_.sums) f.weight_sums = static_cast<const std::uint8_t*>(weight_.sums) + channel * 4;
-        f.integer = weight_.format == Format::int8;
+        f.row_scales = input_.quantize == Quantize::none ? nullptr : scales_;
         f.channel_scales = weight_.channel_scales ? weight_.channel_scales + channel : nullptr;
         if (output_.bias)
             f.bias = static_cast<const std::uint8_t*>(output_.bias) + channel * dtype_bytes(output_.dtype);
+        f.y = static_cast<std::uint8_t*>(output_.y) + channel * dtype_bytes(output_.dtype);
+        f.rows = input_.m;
+        f.stride = weight_.n;
         f.count = static_cast<int>(std::min<std::int64_t>(kChannels, weight_.n - channel));
+        f.factor = weight_.format == Format::w4a8 ? 1.0f / 16 : 1.0f;
         f.offset = tier_.int8_offset;
+        f.integer = weight_.format == Format::int8;
         f.dtype = output_.dtype;
-        for (std::int64_t i = 0; i < input_.m; ++i) {
-            f.sums = sums + i * kChannels * sizeof(float);
-            f.row_scale = input_.quantize == Quantize::none ? 1.0f : scales_[i];
-            if (weight_.format == Format::w4a8) f.row_scale /= 16;
-            f.y = static_cast<std::uint8_t*>(output_.y) + (i * weight_.n + channel) * dtype_bytes(output_.dtype);
-            tier_.finish(f);
-        }
+        tier_.finish(f);
     }
 
     const Tier& tier_;
@@ -215,7 +232,8 @@ class Pass {
     const Output& output_;
     const Multiply* multiply_;
     Activation activation_;
-    std::int64_t element_bytes_, panels_, tiles_, padded_rows_;
+    std::vector<Tile> tiles_;
+    std::int64_t element_bytes_, panels_, padded_rows_;
     float* scales_ = nullptr;
     std::uint8_t* activations_ = nullptr;
 };

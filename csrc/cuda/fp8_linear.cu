@@ -1,50 +1,46 @@
-#include "fp8_linear.cuh"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <mutex>
 
+#include "fp8_linear.cuh"
+
 namespace vllm_sparse::fp8 {
 namespace {
 
-using Kernel = void (*)(CUtensorMap, KernelArguments);
+using Kernel = void (*)(CUtensorMap, CUtensorMap, KernelArguments);
 
 struct Configuration {
     int tokens, warpgroups, bricks, cluster, split;
     int threads, shared_bytes;
+    bool stores_tiles;
+    float tile_us, brick_us;
     Kernel kernel;
 };
 
 template <typename T>
-constexpr Configuration row() {
-    return {T::TOKENS, T::WARPGROUPS, T::BRICKS, T::CLUSTER, T::SPLIT, T::THREADS, T::SHARED_BYTES, linear_kernel<T>};
+constexpr Configuration row(float tile_us, float brick_us) {
+    return {T::TOKENS,       T::WARPGROUPS,   T::BRICKS, T::CLUSTER, T::SPLIT,        T::THREADS,
+            T::SHARED_BYTES, T::STORES_TILES, tile_us,   brick_us,   linear_kernel<T>};
 }
 
-//         tokens warpgroups bricks stages cluster split
+// The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200
+// (docs/decisions/0044): they choose between entries, so only their order matters. Where two entries share a number of
+// tokens, the first splits k because few features make few tiles (o and down of an 8B model), the others keep k whole
+// because many do (gate_up).
+//    tokens warpgroups bricks stages cluster split
 const Configuration kConfigurations[] = {
-    row<Tile<8, 1, 2, 8, 1, 2>>(),
-    row<Tile<8, 1, 2, 14, 1, 2>>(),
-    row<Tile<8, 2, 2, 8, 1, 2>>(),
-    row<Tile<16, 1, 2, 7, 1, 2>>(),
-    row<Tile<16, 1, 2, 12, 1, 2>>(),
-    row<Tile<32, 1, 2, 5, 1, 2>>(),
-    row<Tile<32, 2, 1, 6, 1, 2>>(),
-    row<Tile<32, 2, 1, 6, 2, 2>>(),
-    row<Tile<64, 1, 1, 6, 1, 2>>(),
-    row<Tile<64, 1, 1, 6, 2, 2>>(),
-    row<Tile<64, 2, 1, 10, 2, 2>>(),
-    row<Tile<64, 2, 1, 4, 2, 2>>(),
-    row<Tile<64, 2, 1, 10, 4, 1>>(),
-    row<Tile<128, 1, 1, 8, 2, 2>>(),
-    row<Tile<128, 2, 1, 6, 1, 2>>(),
-    row<Tile<128, 2, 1, 8, 2, 1>>(),
-    row<Tile<128, 2, 1, 6, 2, 2>>(),
-    row<Tile<128, 2, 1, 8, 4, 1>>(),
-    row<Tile<256, 2, 1, 5, 2, 1>>(),
-    row<Tile<256, 2, 1, 5, 4, 1>>(),
-    row<Tile<256, 1, 1, 4, 2, 2>>(),
-    row<Tile<256, 1, 1, 5, 4, 1>>(),
+    row<Tile<8, 2, 2, 8, 1, 2>>(0.3f, 0.215f),   row<Tile<16, 1, 2, 12, 1, 2>>(0.1f, 0.168f),
+    row<Tile<32, 1, 2, 9, 1, 2>>(0.1f, 0.171f),  row<Tile<64, 1, 2, 7, 1, 2>>(0.3f, 0.170f),  // o, down
+    row<Tile<64, 2, 1, 10, 1, 2>>(1.9f, 0.172f),                                              // qkv, gate_up
+    row<Tile<96, 1, 1, 11, 1, 2>>(0.7f, 0.177f),                                              // qkv, o, down
+    row<Tile<96, 2, 1, 8, 2, 1>>(2.0f, 0.187f),                                               // gate_up
+    row<Tile<128, 1, 1, 9, 1, 2>>(1.2f, 0.224f),                                              // o, down
+    row<Tile<128, 2, 1, 6, 1, 2>>(3.0f, 0.267f),  // qkv; o and down at 256 tokens
+    row<Tile<128, 2, 1, 8, 2, 1>>(2.5f, 0.215f),  // gate_up; all but gate_up at 512 tokens
+    row<Tile<192, 2, 1, 4, 1, 2>>(3.7f, 0.384f),  // qkv, o, down at 129 to 192 tokens
+    row<Tile<192, 2, 1, 6, 2, 1>>(2.6f, 0.303f),  // gate_up at 129 to 192 tokens
+    row<Tile<256, 2, 1, 5, 2, 1>>(3.2f, 0.399f),  // prefill
 };
 constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
 
@@ -57,15 +53,16 @@ struct Device {
 };
 Device devices[kMaxDevices];
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 EncodeTiled encode_tiled() {
     static const EncodeTiled function = [] {
         void* pointer = nullptr;
         cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) != cudaSuccess ||
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) !=
+                cudaSuccess ||
             found != cudaDriverEntryPointSuccess) {
             pointer = nullptr;
         }
@@ -76,11 +73,14 @@ EncodeTiled encode_tiled() {
 
 const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
-// Allows large shared memory and counts the clusters that fit: fewer than multiprocessors / size where a cluster may not span two
-// groups of multiprocessors. All of a block's possible shared memory is asked for, so that one block fits on each.
+// Allows large shared memory and counts the clusters that fit: fewer than multiprocessors / size where a cluster may
+// not span two groups of multiprocessors. All of a block's possible shared memory is asked for, so that one block fits
+// on each.
 const char* prepare_kernel(const Configuration& c, int* workers) {
     constexpr int kAllShared = 232448;
-    if (const char* error = text(cudaFuncSetAttribute(c.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAllShared))) return error;
+    if (const char* error =
+            text(cudaFuncSetAttribute(c.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAllShared)))
+        return error;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = c.cluster * c.split;
@@ -101,7 +101,8 @@ const char* prepare_device(int index, Device** device) {
     Device& d = devices[index];
     std::call_once(d.once, [&d, index] {
         d.error = text(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-        for (int i = 0; i < kCount && d.error == nullptr; ++i) d.error = prepare_kernel(kConfigurations[i], &d.workers[i]);
+        for (int i = 0; i < kCount && d.error == nullptr; ++i)
+            d.error = prepare_kernel(kConfigurations[i], &d.workers[i]);
     });
     *device = &d;
     return d.error;
@@ -109,7 +110,7 @@ const char* prepare_device(int index, Device** device) {
 
 // Makes a device current while it lives.
 class DeviceGuard {
-   public:
+ public:
     explicit DeviceGuard(int device) {
         error = text(cudaGetDevice(&previous_));
         if (error == nullptr && previous_ != device) {
@@ -122,12 +123,34 @@ class DeviceGuard {
     }
     const char* error;
 
-   private:
+ private:
     int previous_ = 0;
     bool changed_ = false;
 };
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// `bricks` of 128 columns per copy, as planes of the map; 0 where k ends inside a plane: only a flat map fills that
+// with zeros.
+bool map_x(const LinearArguments& a, int rows, int bricks, CUtensorMap* map) {
+    const cuuint64_t sizes[3] = {cuuint64_t(bricks ? kBrickColumns : a.k), cuuint64_t(a.m),
+                                 cuuint64_t(bricks ? a.k / kBrickColumns : 1)};
+    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
+    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(rows), cuuint32_t(bricks ? bricks : 1)};
+    const cuuint32_t steps[3] = {1, 1, 1};
+    return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool map_out(const LinearArguments& a, CUtensorMap* map) {
+    const cuuint64_t sizes[2] = {cuuint64_t(a.n), cuuint64_t(a.m)};
+    const cuuint64_t strides[1] = {cuuint64_t(a.n) * 2};
+    const cuuint32_t box[2] = {64, 16}, steps[2] = {1, 1};
+    return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.out, sizes, strides, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
 
 }  // namespace
 
@@ -135,19 +158,36 @@ int configuration_count() { return kCount; }
 int configuration_tokens(int configuration) { return kConfigurations[configuration].tokens; }
 
 int choose_configuration(int m, int n, int k, int multiprocessors) {
-    (void)n, (void)k, (void)multiprocessors;
-    if (m <= 8) return 0;
-    if (m <= 16) return 3;
-    if (m <= 32) return 5;
-    if (m <= 64) return 10;
-    if (m <= 128) return 14;
-    return 18;
+    // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
+    constexpr int kOneTile = 192;
+    int fewest = 128;
+    if (m <= kOneTile) {
+        fewest = kOneTile;
+        for (const Configuration& c : kConfigurations) {
+            if (c.tokens >= m) fewest = std::min(fewest, c.tokens);
+        }
+    }
+    int best = -1;
+    float best_us = 0.f;
+    for (int i = 0; i < kCount; ++i) {
+        const Configuration& c = kConfigurations[i];
+        if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
+        const int64_t tiles =
+            int64_t(ceil_div(m, c.tokens)) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
+        const int64_t workers = std::max(1, multiprocessors / (c.cluster * c.split));
+        const int64_t waves = (tiles + workers - 1) / workers;
+        const float us = waves * (c.tile_us + c.brick_us * ceil_div(ceil_div(k, kBrickColumns), c.split));
+        if (best < 0 || us < best_us) best = i, best_us = us;
+    }
+    return best;
 }
 
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
     if (a.m == 0) return nullptr;
-    if (a.m < 0 || a.n <= 0 || a.k <= 0 || a.n % 16 != 0 || a.k % 32 != 0) return "n must be a multiple of 16 and k of 32";
-    if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.x_stride % 16 != 0) return "x and its rows must be aligned to 16 bytes";
+    if (a.m < 0 || a.n <= 0 || a.k <= 0 || a.n % 16 != 0 || a.k % 32 != 0)
+        return "n must be a multiple of 16 and k of 32";
+    if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.x_stride % 16 != 0)
+        return "x and its rows must be aligned to 16 bytes";
     if (configuration >= kCount) return "there is no such configuration";
     const DeviceGuard guard(a.device);
     if (guard.error != nullptr) return guard.error;
@@ -156,23 +196,13 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     if (configuration < 0) configuration = choose_configuration(a.m, a.n, a.k, device->multiprocessors);
     const Configuration& c = kConfigurations[configuration];
 
+    if (encode_tiled() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
     KernelArguments args;
-    CUtensorMap map;
-    const EncodeTiled encode = encode_tiled();
-    if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
-    // Planes of 128 columns let one copy fetch a stage; where k ends inside a plane, only the flat map fills with zeros.
-    const bool planes = a.k % kBrickColumns == 0;
-    const cuuint64_t sizes[3] = {cuuint64_t(planes ? kBrickColumns : a.k), cuuint64_t(a.m), cuuint64_t(planes ? a.k / kBrickColumns : 1)};
-    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
     args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
-    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(args.x_rows), cuuint32_t(planes ? c.bricks : 1)};
-    const cuuint32_t steps[3] = {1, 1, 1};
-    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS) {
-        return "the driver refused the tensor map of x";
-    }
-
+    args.x_planes = a.k % kBrickColumns == 0;
+    CUtensorMap x_map, out_map = {};
+    if (!map_x(a, args.x_rows, args.x_planes ? c.bricks : 0, &x_map)) return "the driver refused the tensor map of x";
+    if (c.stores_tiles && !map_out(a, &out_map)) return "the driver refused the tensor map of the output";
     args.weight = static_cast<const uint8_t*>(a.weight);
     args.weight_scale = a.weight_scale;
     args.x_scale = a.x_scale;
@@ -181,7 +211,6 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.out = a.out;
     args.m = a.m;
     args.n = a.n;
-    args.x_planes = planes;
     args.half_out = a.half_out;
     args.column_tiles = ceil_div(a.k, kColumnPadding) * (kColumnPadding / kBrickColumns) / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
@@ -205,7 +234,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.attrs = attributes;
     config.numAttrs = programmatic ? 2 : 1;
-    return text(cudaLaunchKernelEx(&config, c.kernel, map, args));
+    return text(cudaLaunchKernelEx(&config, c.kernel, x_map, out_map, args));
 }
 
 }  // namespace vllm_sparse::fp8

@@ -1,10 +1,11 @@
 // The FP8 2:4 kernel: one skeleton from one token to thousands.
 //
-// The weight is the sparse operand (64 features per warpgroup), tokens are the other one, so the accumulators hold out^T. Two
-// warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer warpgroup multiplies 64
-// features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c + clusters, ... In a cluster, CLUSTER
-// blocks with neighbouring features share the loads of the tokens, and SPLIT blocks share a tile's columns. Sums are added in the
-// order of the columns: results depend on the configuration, never on timing.
+// The weight is the sparse operand (64 features per warpgroup), tokens are the other one, so the accumulators hold
+// out^T. Two warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer
+// warpgroup multiplies 64 features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c +
+// clusters, ... In a cluster, CLUSTER blocks with neighbouring features share the loads of the tokens, and SPLIT blocks
+// share a tile's columns. Sums are added in the order of the columns: results depend on the configuration, never on
+// timing.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,8 +25,8 @@ struct KernelArguments {
     void* out;
     int m, n;
     int x_scale_stride;
-    int x_rows;          // tokens that one block of a cluster loads per tile
-    bool x_planes;       // the map of x has planes of 128 columns: one copy fetches a stage
+    int x_rows;     // tokens that one block of a cluster loads per tile
+    bool x_planes;  // the map of x has planes of 128 columns: one copy fetches a stage
     bool half_out;
     bool stream_weight;  // each weight byte is read once: let L2 drop it first
     int column_tiles;    // stages along k
@@ -48,17 +49,23 @@ struct Tile {
     static constexpr int X_BYTES = TOKENS * kBrickColumns * BRICKS;
     static constexpr int W_SLICE = kBrickBytes * BRICKS;
     static constexpr int STAGE_BYTES = X_BYTES + W_SLICE * WARPGROUPS;
-    static constexpr int ACCUMULATORS = TOKENS / 2;                   // per thread
-    static constexpr int VECTORS = TOKENS / 8;                        // the same as float4
-    static constexpr int OWNERS = SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
+    static constexpr int ACCUMULATORS = TOKENS / 2;  // per thread
+    static constexpr int VECTORS = TOKENS / 8;       // the same as float4
+    static constexpr int OWNERS =
+        SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
     static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
-    static constexpr int STAGED_TOKENS = OUT_TOKENS < 32 ? OUT_TOKENS : 32;  // on their way out, per warp
-    static constexpr int OUT_PITCH = 48;                                     // 16 features of 2 bytes, padded off the banks
+    // Large tiles leave through the copy engine (three buffers of 16 tokens x 64 features per warpgroup): ordinary
+    // stores would block the next tile's loads behind them. Small ones leave by ordinary stores (per warp 16 features,
+    // padded off the banks), which are sooner there.
+    static constexpr bool STORES_TILES = TOKENS == 256 && SPLIT == 1;
+    static constexpr int STAGED_TOKENS = STORES_TILES || OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
+    static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
+    static constexpr int OUT_BUFFERS = STORES_TILES ? 3 : 4;  // one per warp
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
     static constexpr int SCALE_BYTES = OUT_TOKENS * 4 + 64 * 4 + 64 * 2;
-    static constexpr int SHARED_BYTES =
-        1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + WARPGROUPS * (4 * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
+    static constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES +
+                                        WARPGROUPS * (OUT_BUFFERS * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
 
     // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
@@ -113,22 +120,39 @@ struct Scales {
             if (args.bias == nullptr) {
                 *reinterpret_cast<uint32_t*>(bias + i) = 0;
             } else if (feature_begin + i < args.n) {
-                ptx::copy_async_4(ptx::shared_address(bias + i), static_cast<const uint16_t*>(args.bias) + feature_begin + i);
+                ptx::copy_async_4(ptx::shared_address(bias + i),
+                                  static_cast<const uint16_t*>(args.bias) + feature_begin + i);
             }
         }
     }
 };
 
-// Scales, adds the bias, converts, and transposes each warp's 16 features x OUT_TOKENS through its own shared memory.
+// One thread's way from accumulators to output values: its two features (8 apart) of a warp's 16.
 template <typename T, typename Out>
-__device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int warpgroup, int thread, uint8_t* staging,
-                          const Scales<T>& scales, const float (&d)[T::ACCUMULATORS]) {
+struct Converter {
+    const float* token_scales;
+    float scale_low, scale_high, bias_low, bias_high;
+
+    __device__ Converter(const Scales<T>& scales, int warp, int lane) : token_scales(scales.tokens + 2 * (lane % 4)) {
+        const int row = warp * 16 + lane / 4;
+        scale_low = scales.features[row], scale_high = scales.features[row + 8];
+        bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
+    }
+    // Writes eight tokens from `token` on, each as two runs of 8 features; lane i of 0..15 has the address of one run.
+    __device__ void store(uint32_t address, int token, const float (&d)[T::ACCUMULATORS]) const {
+        const float2 s = *reinterpret_cast<const float2*>(token_scales + token);
+        const float* v = d + token / 2;
+        ptx::store_matrix_transposed(
+            address, Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
+            Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
+    }
+};
+
+// One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
+template <typename T, typename Out>
+__device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int thread, uint8_t* staging,
+                          const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
     const int warp = thread / 32, lane = thread % 32;
-    ptx::copy_async_wait();
-    ptx::sync_warpgroup(1 + warpgroup);
-    const int row = warp * 16 + lane / 4;
-    const float scale_low = scales.features[row], scale_high = scales.features[row + 8];
-    const float bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
     staging += warp * T::OUT_BYTES;
     const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + (lane / 8 % 2) * 16;
     const uint8_t* const load_address = staging + (lane / 2) * T::OUT_PITCH + (lane % 2) * 16;
@@ -139,11 +163,7 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
     for (int chunk = 0; chunk < T::OUT_TOKENS; chunk += T::STAGED_TOKENS) {
 #pragma unroll
         for (int block = 0; block < T::STAGED_TOKENS; block += 8) {
-            const float2 s = *reinterpret_cast<const float2*>(scales.tokens + chunk + block + 2 * (lane % 4));
-            const float* v = d + (chunk + block) / 2;
-            ptx::store_matrix_transposed(store_address + block * T::OUT_PITCH,
-                                         Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
-                                         Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
+            converter.store(store_address + block * T::OUT_PITCH, chunk + block, d);
         }
         __syncwarp();
 #pragma unroll
@@ -157,13 +177,38 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
     }
 }
 
-// Adds up a tile that SPLIT blocks of a cluster computed, each over its own columns. Every owner gets the other blocks' sums of its
-// tokens by remote stores and adds them in the order of the columns; its part of the tile ends up at the front of the accumulators.
+// The same through the copy engine, whose swizzle keeps the transposing writes off each other's banks. Thread 0 must
+// have waited for the previous tile's stores to be read.
+template <typename T, typename Out>
+__device__ void store_out(const CUtensorMap* out_map, int feature_begin, int token_begin, int warpgroup, int thread,
+                          uint8_t* staging, const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
+    const int warp = thread / 32, lane = thread % 32;
+    const uint32_t base = ptx::shared_address(staging);
+    const uint32_t store_address = base + (lane % 8) * T::OUT_PITCH + (((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16);
+#pragma unroll
+    for (int chunk = 0; chunk < T::OUT_TOKENS; chunk += T::STAGED_TOKENS) {
+        const uint32_t buffer = chunk / T::STAGED_TOKENS % T::OUT_BUFFERS * T::OUT_BYTES;
+#pragma unroll
+        for (int block = 0; block < T::STAGED_TOKENS; block += 8) {
+            converter.store(store_address + buffer + block * T::OUT_PITCH, chunk + block, d);
+        }
+        ptx::copy_engine_fence();
+        ptx::sync_warpgroup(1 + warpgroup);
+        if (thread == 0) {
+            ptx::store_tile(out_map, feature_begin, token_begin + chunk, base + buffer);
+            ptx::store_wait_read<T::OUT_BUFFERS - 2>();  // the buffer after the next one is free
+        }
+    }
+}
+
+// Adds up a tile that SPLIT blocks of a cluster computed, each over its own columns. Every owner gets the other blocks'
+// sums of its tokens by remote stores and adds them in the order of the columns; its part of the tile ends up at the
+// front of the accumulators.
 template <typename T>
 struct Exchange {
-    float4* buffer;     // [SPLIT - 1 senders][VECTORS / OWNERS][threads]
-    uint32_t arrived;   // counts the bytes of one tile
-    uint32_t drained;   // every other owner has read what this block sent it
+    float4* buffer;    // [SPLIT - 1 senders][VECTORS / OWNERS][threads]
+    uint32_t arrived;  // counts the bytes of one tile
+    uint32_t drained;  // every other owner has read what this block sent it
     int split_rank, rank_in_split;
     int parity = 0;
     bool sent = false;
@@ -185,7 +230,8 @@ struct Exchange {
 #pragma unroll
                 for (int i = 0; i < PART; ++i) {
                     const float* v = d + (owner * PART + i) * 4;
-                    ptx::store_remote(to + i * THREADS * 16, make_float4(v[0], v[1], v[2], v[3]), arrived, block(owner));
+                    ptx::store_remote(to + i * THREADS * 16, make_float4(v[0], v[1], v[2], v[3]), arrived,
+                                      block(owner));
                 }
             }
         }
@@ -220,17 +266,21 @@ struct Exchange {
         if (sent && drains(split_rank) > 0) ptx::barrier_wait(drained, parity ^ 1);
     }
     // Arrivals on `drained` per tile: each warp of every other owner.
-    __device__ static int drains(int split_rank) { return 4 * T::WARPGROUPS * (split_rank < T::OWNERS ? T::OWNERS - 1 : T::OWNERS); }
+    __device__ static int drains(int split_rank) {
+        return 4 * T::WARPGROUPS * (split_rank < T::OWNERS ? T::OWNERS - 1 : T::OWNERS);
+    }
 };
 
 template <typename T>
 __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
-    linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ KernelArguments args) {
+    linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap out_map,
+                  const __grid_constant__ KernelArguments args) {
     extern __shared__ uint8_t shared_raw[];
-    uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
+    uint8_t* const stages =
+        reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
     uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
-    uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;
-    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + 4 * T::WARPGROUPS * T::OUT_BYTES);
+    uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
+    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + T::OUT_BUFFERS * T::WARPGROUPS * T::OUT_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
     const uint32_t full = ptx::shared_address(scales + T::WARPGROUPS), empty = full + T::STAGES * 8;
     const uint32_t exchange_barriers = empty + T::STAGES * 8;
@@ -245,8 +295,11 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     const auto feature_tile = [&](int tile, int group) {
         return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
     };
-    // The last tile of many is moved back to end with the last token: tokens beyond m cost the copy engine more than real ones.
-    const auto first_token = [&](int tile) { return min(tile % args.token_tiles * T::TOKENS, max(0, args.m - T::TOKENS)); };
+    // The last tile of many is moved back to end with the last token: tokens beyond m cost the copy engine more than
+    // real ones.
+    const auto first_token = [&](int tile) {
+        return min(tile % args.token_tiles * T::TOKENS, max(0, args.m - T::TOKENS));
+    };
     const auto sync_blocks = [] {
         if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
             ptx::cluster_arrive();
@@ -267,7 +320,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             for (int tile = worker; tile < args.tiles; tile += workers) {
                 const int row = first_token(tile) + rank * args.x_rows;
                 for (int c = first; c < last; ++c, ring.advance()) {
-                    const uint32_t barrier = full + ring.stage * 8, destination = block_base + ring.stage * T::STAGE_BYTES;
+                    const uint32_t barrier = full + ring.stage * 8,
+                                   destination = block_base + ring.stage * T::STAGE_BYTES;
                     ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
                     ptx::barrier_arrive_expect(barrier, brick_bytes * T::BRICKS);
                     for (int b = 0; b < T::BRICKS; b += args.x_planes ? T::BRICKS : 1) {
@@ -284,7 +338,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
             // This block's memory must outlive what the others of the cluster still send to it: their last releases.
             if constexpr (T::CLUSTER > 1) {
-                for (int s = 0; s < T::STAGES; ++s, ring.advance()) ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                for (int s = 0; s < T::STAGES; ++s, ring.advance())
+                    ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
             }
         }
         __syncwarp();
@@ -307,8 +362,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             ptx::barrier_arrive_expect(barrier, T::W_SLICE * T::WARPGROUPS);
 #pragma unroll
             for (int g = 0; g < T::WARPGROUPS; ++g) {
-                ptx::copy_bulk(stage_base + ring.stage * T::STAGE_BYTES + T::X_BYTES + g * T::W_SLICE, source[g], T::W_SLICE, barrier,
-                               policy);
+                ptx::copy_bulk(stage_base + ring.stage * T::STAGE_BYTES + T::X_BYTES + g * T::W_SLICE, source[g],
+                               T::W_SLICE, barrier, policy);
                 source[g] += T::W_SLICE;
             }
             ring.advance();
@@ -352,12 +407,22 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         const int x_brick = args.x_rows * T::CLUSTER * kBrickColumns;
         float d[T::ACCUMULATORS];
         Ring<T::STAGES> ring(0);
-        Exchange<T> exchange{reinterpret_cast<float4*>(exchange_buffer), exchange_barriers, exchange_barriers + 8, split_rank, rank};
+        Exchange<T> exchange{reinterpret_cast<float4*>(exchange_buffer), exchange_barriers, exchange_barriers + 8,
+                             split_rank, rank};
         const auto release = [&](int stage) {
+            __syncwarp();  // every lane has read its metadata
             if constexpr (T::CLUSTER == 1) {
                 if (lane == 0) ptx::barrier_arrive(empty + stage * 8);
             } else {
                 if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + stage * 8, split_rank * T::CLUSTER + lane);
+            }
+        };
+        const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {
+            uint8_t* const buffers = staging + T::OUT_BUFFERS * warpgroup * T::OUT_BYTES;
+            if constexpr (T::STORES_TILES) {
+                store_out(&out_map, feature_begin, token_begin, warpgroup, thread, buffers, converter, d);
+            } else {
+                write_out(args, feature_begin, token_begin, thread, buffers, converter, d);
             }
         };
         for (int tile = worker; tile < args.tiles; tile += workers) {
@@ -379,7 +444,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 ptx::barrier_wait(full + ring.stage * 8, ring.parity);
 #pragma unroll
                 for (int b = 0; b < T::BRICKS; ++b) {
-                    metadata[b] = *reinterpret_cast<const uint2*>(stages + (w - stage_base) + b * kBrickBytes + 4096 + thread * 8);
+                    metadata[b] = *reinterpret_cast<const uint2*>(stages + (w - stage_base) + b * kBrickBytes + 4096 +
+                                                                  thread * 8);
                 }
                 wgmma::fence();
 #pragma unroll
@@ -406,14 +472,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
 
             if constexpr (T::SPLIT > 1) exchange.reduce(warpgroup * 128 + thread, d);
             if (stores) {
-                uint8_t* const buffer = staging + 4 * warpgroup * T::OUT_BYTES;
+                ptx::copy_async_wait();
+                if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
+                ptx::sync_warpgroup(1 + warpgroup);
                 if (args.half_out) {
-                    write_out<T, Float16>(args, feature_begin, token_begin, warpgroup, thread, buffer, scales[warpgroup], d);
+                    finish(Converter<T, Float16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
                 } else {
-                    write_out<T, BFloat16>(args, feature_begin, token_begin, warpgroup, thread, buffer, scales[warpgroup], d);
+                    finish(Converter<T, BFloat16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
                 }
             }
         }
+        if constexpr (T::STORES_TILES) ptx::store_wait_read<0>();
         if constexpr (T::SPLIT > 1) exchange.wait_until_drained();  // as above: the last arrivals from others
     }
 }

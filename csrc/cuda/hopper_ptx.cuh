@@ -2,8 +2,9 @@
 // Shared-memory addresses are 32-bit (`shared_address`), barriers are 8-byte mbarrier objects.
 #pragma once
 
-#include <cstdint>
 #include <cuda.h>
+
+#include <cstdint>
 
 namespace vllm_sparse::ptx {
 
@@ -78,8 +79,8 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
 __device__ __forceinline__ void copy_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier,
                                           uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-            destination),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(destination),
         "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
 }
@@ -94,14 +95,32 @@ __device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMa
 }
 
 // The same tile to the same offset of every block in `blocks`; each one's barrier at that offset counts the bytes.
-__device__ __forceinline__ void copy_tile_multicast(uint32_t destination, const CUtensorMap* map, int column, int row, int plane,
-                                                    uint32_t barrier, uint16_t blocks, uint64_t policy) {
+__device__ __forceinline__ void copy_tile_multicast(uint32_t destination, const CUtensorMap* map, int column, int row,
+                                                    int plane, uint32_t barrier, uint16_t blocks, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
         ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6, %7;" ::"r"(destination),
         "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "h"(blocks), "l"(policy)
         : "memory");
 }
+
+// Shared memory to a tile of global memory; what lies outside the map is dropped. Counts as one group of this thread.
+__device__ __forceinline__ void store_tile(const CUtensorMap* map, int column, int row, uint32_t source) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+        "cp.async.bulk.commit_group;" ::"l"(map),
+        "r"(column), "r"(row), "r"(source)
+        : "memory");
+}
+
+// Returns once at most PENDING of this thread's groups have still to read shared memory.
+template <int PENDING>
+__device__ __forceinline__ void store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+
+// Makes this thread's ordinary writes to shared memory visible to the copy engine.
+__device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -114,8 +133,11 @@ __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontr
 // Returns once every kernel before this one in the stream has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// Publishes nothing (a release would fence all of the thread's global writes): barrier_init_fence() does that for barriers.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+// Publishes nothing (a release would fence all of the thread's global writes): barrier_init_fence() does that for
+// barriers.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -126,7 +148,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 __device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
-// ---- background copies of single words by this thread ----------------------------------------------------------------
+// ---- background copies of single words by this thread
+// ----------------------------------------------------------------
 __device__ __forceinline__ void copy_async_4(uint32_t destination, const void* source) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(destination), "l"(source) : "memory");
 }
@@ -145,7 +168,8 @@ __device__ __forceinline__ void store_remote(uint32_t address, float4 v, uint32_
         "{\n.reg .b32 to, counter;\n"
         "mapa.shared::cluster.u32 to, %0, %6;\n"
         "mapa.shared::cluster.u32 counter, %5, %6;\n"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1, %2, %3, %4}, [counter];\n}" ::"r"(address),
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1, %2, %3, %4}, [counter];\n}" ::"r"(
+            address),
         "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(rank)
         : "memory");
 }

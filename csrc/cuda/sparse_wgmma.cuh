@@ -69,6 +69,17 @@ __device__ __forceinline__ void multiply(float (&d)[32], uint64_t a, uint64_t b,
         : "l"(a), "l"(b), "r"(metadata));
 }
 
+__device__ __forceinline__ void multiply(float (&d)[48], uint64_t a, uint64_t b, uint32_t metadata) {
+    asm volatile(
+        "wgmma.mma_async.sp.sync.aligned.m64n96k64.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+        "}, %48, %49, %50, 0, 1, 1, 1;"
+        : VLLM_SPARSE_D32(0), VLLM_SPARSE_D8(32), VLLM_SPARSE_D8(40)
+        : "l"(a), "l"(b), "r"(metadata));
+}
+
 __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, uint32_t metadata) {
     asm volatile(
         "wgmma.mma_async.sp.sync.aligned.m64n128k64.f32.e4m3.e4m3 {"
@@ -78,6 +89,20 @@ __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b,
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
         "}, %64, %65, %66, 0, 1, 1, 1;"
         : VLLM_SPARSE_D32(0), VLLM_SPARSE_D32(32)
+        : "l"(a), "l"(b), "r"(metadata));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[96], uint64_t a, uint64_t b, uint32_t metadata) {
+    asm volatile(
+        "wgmma.mma_async.sp.sync.aligned.m64n192k64.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+        "}, %96, %97, %98, 0, 1, 1, 1;"
+        : VLLM_SPARSE_D32(0), VLLM_SPARSE_D32(32), VLLM_SPARSE_D32(64)
         : "l"(a), "l"(b), "r"(metadata));
 }
 

@@ -115,6 +115,7 @@ def test_a_tensor_of_wrong_shape(tiny, tmp_path, text):
         ({"group_size": 64}, "down_proj: group size 64 does not divide the 96 input features"),
         ({"scheme": "fp8"}, "group size 32 does not fit scheme fp8: expected -1, since it has one scale per channel"),
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"refine": -1}, "refine must be at least 0, got -1"),
         ({"dampening": 2.0}, "dampening must be between 0 and 1, got 2.0"),
         ({"iterations": -1}, "iterations must not be negative, got -1"),
         ({"seq_len": 512}, "sequences of 512 tokens are longer than the model's 256 positions"),

@@ -97,6 +97,24 @@ def test_sparsegpt_with_least_squares_beats_sparsegpt_beats_magnitude(tiny, text
     assert squares < obs < error("mag", pruner="wanda", iterations=0)
 
 
+def test_refining_brings_the_model_closer_to_the_dense_one_and_keeps_the_mask(tiny, text, tmp_path, capsys):
+    options = SMALL | {"num_samples": 64, "quiet": False}
+    before = compress(tiny, tmp_path / "one-shot", calibration=text, scheme="bf16", **options)
+    after = compress(tiny, tmp_path / "refined", calibration=text, scheme="bf16", refine=40, **options)
+    assert before.verification.violations == after.verification.violations == 0
+    assert "block 1 refined: relative squared error 0." in capsys.readouterr().err
+    ids = torch.randint(257, (8, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        dense = load_dense(tiny)(input_ids=ids).logits
+        off = [(load_dense(tmp_path / name)(input_ids=ids).logits - dense).norm() for name in ("one-shot", "refined")]
+    assert off[1] < off[0]
+
+
+def test_refining_comes_before_rounding(tiny, text, tmp_path):
+    report = compress(tiny, tmp_path / "out", calibration=text, group_size=32, refine=3, **SMALL)
+    assert report.verification.violations == 0 and report.recipe.refine == 3
+
+
 def test_magnitude_and_rounding_need_no_calibration(tiny, tmp_path):
     report = compress(tiny, tmp_path / "out", pruner="magnitude", quantizer="rtn", group_size=32, **SMALL)
     assert report.calibration is None and report.verification.violations == 0

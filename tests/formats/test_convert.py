@@ -124,11 +124,12 @@ def test_layers_that_are_not_two_of_four_stay_dense(tmp_path):
     sparse = random_weight(SCHEMES["bf16"], 4, 8).to_dense_codes()
     full = torch.ones(4, 8, dtype=torch.bfloat16)
     tensors = {"a.q_proj.weight": sparse, "a.k_proj.weight": full, "a.conv.weight": torch.ones(2, 4, 4)}
+    tensors["a.router.weight"] = torch.zeros(4, 8)
     write_checkpoint(tmp_path / "in", tensors | OTHERS)
     summary = convert(tmp_path / "in", tmp_path / "out")
-    assert (summary.sparse, sorted(summary.dense)) == (1, ["a.k_proj", "lm_head"])
+    assert (summary.sparse, sorted(summary.dense)) == (1, ["a.k_proj", "a.router", "lm_head"])
     with Checkpoint(tmp_path / "out") as checkpoint:
-        assert checkpoint.config["quantization_config"]["ignore"] == ["a.k_proj", "lm_head"]
+        assert checkpoint.config["quantization_config"]["ignore"] == ["a.k_proj", "a.router", "lm_head"]
         assert torch.equal(checkpoint.load("a.k_proj.weight"), full)
         assert "a.q_proj.weight_packed" in checkpoint.tensors
         assert checkpoint.load("a.conv.weight").shape == (2, 4, 4)
@@ -285,7 +286,9 @@ def test_what_cannot_be_converted_is_one_sentence(tmp_path):
     with pytest.raises(FormatError, match=r"config.json: quant_method 'awq', format None is none of the formats"):
         convert(tmp_path / "awq", tmp_path / "out")
     write_checkpoint(tmp_path / "dense", OTHERS)
-    with pytest.raises(FormatError, match="dense: none of its linear layers is 2:4, so there is nothing to convert"):
+    with pytest.raises(
+        FormatError, match="dense: none of its linear layers is 2:4 in a scheme that the native format has"
+    ):
         convert(tmp_path / "dense", tmp_path / "out")
     write_raw(tmp_path / "dense" / "model.safetensors", b"{")
     with pytest.raises(FormatError, match=r"model.safetensors: truncated or not a safetensors file"):
@@ -310,3 +313,28 @@ def test_weights_of_every_file_are_kept_apart(tmp_path):
     write_checkpoint(tmp_path / "in", {"q.weight": weight.to_dense_codes()})
     (tmp_path / "in" / "consolidated.safetensors").write_bytes((tmp_path / "in" / "model.safetensors").read_bytes())
     assert convert(tmp_path / "in", tmp_path / "out").sparse == 1
+
+
+def test_two_names_of_one_tensor_are_an_error(tmp_path):
+    source = bitmask_checkpoint(tmp_path / "in", {"weight.bitmask": torch.zeros(4, 2, dtype=torch.uint8)})
+    with pytest.raises(FormatError, match=r"in: '.*bitmask' and '.*bitmask' are two names of one tensor"):
+        convert(source, tmp_path / "out")
+
+
+def test_a_quantized_layer_that_was_not_compressed_goes_along_to_dense(tmp_path):
+    case = next(case for case in CASES if case.name == "bitmask-int8")
+    found = config(case)
+    found["sparsity_config"]["ignore"] = ["lm_head", "a.down_proj"]
+    tensors = load_file(FOLDER / f"{case.name}.safetensors")
+    named = {f"{MODULE}.{last}": tensor for last, tensor in tensors.items()}
+    dense = {"a.down_proj.weight": torch.ones(4, 8, dtype=torch.int8), "a.down_proj.weight_scale": torch.ones(4, 1)}
+    write_checkpoint(tmp_path / "in", named | dense | OTHERS, found)
+    convert(tmp_path / "in", tmp_path / "out", to="dense")
+    with Checkpoint(tmp_path / "out") as checkpoint:
+        assert "sparsity_config" not in checkpoint.config["quantization_config"]
+        assert checkpoint.config["quantization_config"]["ignore"] == ["lm_head"]
+        assert same_bits(checkpoint.load(f"{MODULE}.weight"), layer(case)["codes"])
+        assert f"{MODULE}.shape" not in checkpoint.tensors
+        assert torch.equal(checkpoint.load("a.down_proj.weight"), dense["a.down_proj.weight"])
+    with pytest.raises(FormatError, match=r"a.down_proj: is quantized in a way that the native format cannot hold"):
+        convert(tmp_path / "in", tmp_path / "native")

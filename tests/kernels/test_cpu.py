@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,6 +305,16 @@ def test_op_is_registered_correctly() -> None:
         32,
     )
     torch.library.opcheck(torch.ops.vllm_sparse.cpu_linear.default, arguments)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_there_is_one_openmp_runtime() -> None:
+    """In a process of its own, where no other test's libraries are loaded."""
+    program = "import vllm_sparse.kernels.cpu; print(open('/proc/self/maps').read())"
+    maps = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    files = {line.split()[-1] for line in maps.splitlines() if ".so" in line}
+    assert any("_cpu." in name for name in files)
+    assert len([name for name in files if re.search(r"lib(g|i)omp", name)]) == 1
 
 
 def test_reasons_against() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
+from tests.formats.encoders import encode_bitmask, encode_marlin, encode_packed
+from tests.formats.golden import Case
+from tests.formats.golden import config as golden_config
 from tests.plugin.layers import prune_to_two_of_four
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.formats.checkpoint import CheckpointWriter
+from vllm_sparse.kernels.reference import quantize_activations
 from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import Sparse24Weight
@@ -31,9 +36,12 @@ SIZES = {
 }
 
 
+STATIC_SCALE = 0.05
+
+
 @dataclass
-class NativeModel:
-    """A native checkpoint and the dense model with the very same (dequantized) weights."""
+class Stored:
+    """A checkpoint and the dense model with the very same (dequantized) weights."""
 
     path: Path
     reference: PreTrainedModel
@@ -85,38 +93,84 @@ def save_dense(model: PreTrainedModel, path: Path) -> Path:
 
 
 def compress(model: PreTrainedModel, scheme_name: str, static: bool = False) -> dict[str, Sparse24Weight]:
-    """Return the 2:4 weights of ``model``'s linear layers in a scheme."""
+    """Return the 2:4 weights of ``model``'s linear layers in a scheme, with scales that bf16 and fp16 hold exactly."""
     weights = {}
     for name, module in linear_layers(model).items():
         weight = Sparse24Weight.from_dense(module.weight.detach(), SCHEMES["bf16"], layer=name)
         weight = quantize_at_load(weight, SCHEMES[scheme_name], name)
-        if static:
-            weight = Sparse24Weight(
-                weight.scheme, weight.values, weight.positions, weight.scales, weight.group_size, torch.tensor([0.05])
-            )
-        weights[name] = weight
+        if weight.scales is not None:
+            weight = replace(weight, scales=weight.scales.bfloat16().float())
+        weights[name] = replace(weight, input_scale=torch.tensor([STATIC_SCALE])) if static else weight
     return weights
 
 
 def save_native(
     model: PreTrainedModel, path: Path, scheme_name: str, static: bool = False, ignore: tuple[str, ...] = ("lm_head",)
-) -> NativeModel:
-    """Write ``model`` as a native checkpoint; give ``model`` itself the dequantized weights in float32; return both."""
+) -> Stored:
+    """Write ``model`` as a native checkpoint."""
     weights = {name: w for name, w in compress(model, scheme_name, static).items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
     fmt = Sparse24Format(SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore)
+    return save_as(model, path, weights, fmt.from_weight, fmt.to_config())
+
+
+def save_published(model: PreTrainedModel, path: Path, case: Case) -> Stored:
+    """Write ``model`` in the published format of a golden ``case``, 4-bit weights in groups of 128."""
+    bits = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(case.dtype, "int8")
+    scheme = "w4a16" if case.bits == 4 else bits
+    case = replace(case, group_size=128 if case.bits == 4 else -1)
+
+    def encode(weight: Sparse24Weight) -> dict[str, Tensor]:
+        codes = weight.to_dense_codes()
+        scales = {} if weight.scales is None else {"weight_scale": weight.scales}
+        if case.format == "sparse-24-bitmask":
+            return encode_bitmask(codes) | scales
+        if case.format == "marlin-24":
+            assert weight.scales is not None
+            return encode_marlin(codes, weight.scales.half(), 4, weight.k // 2 > 128)
+        if case.format == "pack-quantized":
+            return encode_packed(codes, 4, None) | scales
+        return {"weight": codes} | scales
+
+    return save_as(model, path, compress(model, scheme), encode, golden_config(case))
+
+
+def save_as(
+    model: PreTrainedModel,
+    path: Path,
+    weights: Mapping[str, Sparse24Weight],
+    encode: Callable[[Sparse24Weight], dict[str, Tensor]],
+    quantization_config: dict[str, Any],
+) -> Stored:
+    """Write ``model`` with ``weights`` in some format; give ``model`` the dequantized weights in float32."""
     state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
     model = model.float()
     for name, weight in weights.items():
         del state[f"{name}.weight"]
-        state |= {f"{name}.{key}": tensor for key, tensor in fmt.from_weight(weight).items()}
+        state |= {f"{name}.{key}": tensor for key, tensor in encode(weight).items()}
         linear_layers(model)[name].weight.data.copy_(weight.to_dense())
-    config = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": fmt.to_config()}
+    config = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": quantization_config}
     with CheckpointWriter(path) as writer:
         for key in sorted(state):
             writer.add(key, state[key])
         writer.write_json("config.json", config)
     save_tokenizer(path)
-    return NativeModel(path, model)
+    return Stored(path, model)
+
+
+def quantize_inputs(model: PreTrainedModel, scheme_name: str, static: bool) -> None:
+    """Make ``model``'s linear layers quantize their inputs as the scheme does, if it does."""
+    dtype = SCHEMES[scheme_name].activation
+    if dtype is None:
+        return
+
+    def quantize(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (x,) = arguments
+        scale = torch.tensor([STATIC_SCALE]) if static else None
+        codes, scales = quantize_activations(x.flatten(0, -2), dtype, scale)
+        return ((codes.float() * scales).view_as(x),)
+
+    for module in linear_layers(model).values():
+        module.register_forward_pre_hook(quantize)

@@ -216,12 +216,12 @@ def test_shard_that_does_not_divide_gives_the_sizes(vllm_context: VllmContext) -
     arguments = {"bias": False, "params_dtype": torch.bfloat16, "prefix": "layers.0.down_proj"}
     with vllm_context(0, 2):
         config = new_config(format_of(random_hub(64, 264, "bf16")))
-        message = "leaves 132 of 264 input features to a rank, which is not a multiple of 8"
+        message = r"cuts a \[64, 264\] layer so that a rank gets 132 input features of a part, .* multiple of 8 as"
         with pytest.raises(UnsupportedError, match=message):
             RowParallelLinear(264, 64, quant_config=config, **arguments)
     with vllm_context(0, 4):
         config = new_config(format_of(random_hub(64, 256, "w4a16")))
-        message = r"64 of 256 input features to a rank: .*group size 128 does not divide the 64"
+        message = r"cuts a \[64, 256\] layer so that a rank gets \[64, 64\]: .*group size 128 does not divide the 64"
         with pytest.raises(UnsupportedError, match=message):
             RowParallelLinear(256, 64, quant_config=config, **arguments)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from vllm_sparse.bench.accuracy import check_harness, read_text
-from vllm_sparse.bench.machine import environment
+from vllm_sparse.bench.machine import environment, gpu_states
 from vllm_sparse.bench.report import write_report
 from vllm_sparse.bench.runner import Runner
 from vllm_sparse.bench.settings import ARRIVALS, SUITES, Settings, check_positions
@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--suite", nargs="+", choices=(*SUITES, "all"), default=["all"], help="what to measure (default: all)")
     add("--use-case", nargs="+", choices=names, metavar="NAME", default=[],
         help=f"of {', '.join(names)} (default: all for latency, {' and '.join(SERVED)} for the others)")  # fmt: skip
+    add("--batch-use-case", nargs="+", choices=names, metavar="NAME", default=[],
+        help="for throughput and serve, where they differ from --use-case")  # fmt: skip
     add("--scale", type=float, default=1.0, help="multiply the use cases' lengths, for small machines (default: 1)")
     add("--dummy", type=Path, metavar="CONFIG", help="a config.json: benchmark its shape without weights, in variants")
     add(
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--repeats", type=int, default=4, help="timed samples of each offline measurement (default: 4)")
     add("--rounds", type=int, default=2, help="walks through the models, alternating in direction (default: 2)")
-    add("--resident", action="store_true", help="keep all engines loaded, and alternate between them sample by sample")
+    add("--resident", action="store_true", help="keep all engines loaded, and take one sample of each in turn")
     add("--requests", type=int, default=256, help="requests at once for throughput and saturation (default: 256)")
     add(
         "--rates",
@@ -83,10 +85,14 @@ def _settings(args: argparse.Namespace, targets: list[Target]) -> Settings:
         suites.remove("accuracy")
     if any(target.is_endpoint for target in targets) and {"latency", "throughput"} & set(suites):
         raise OptionError("a running server can be measured by --suite serve and accuracy alone")
+    if args.resident and gpu_states() and "--kv-cache-memory" not in args.engine_args:
+        raise OptionError(
+            "--resident on a GPU needs --kv-cache-memory-bytes in --engine-args, so that the engines share its memory"
+        )
     return Settings(
         suites=tuple(suites),
         latency_cases=tuple(select(args.use_case or [case.name for case in USE_CASES], args.scale)),
-        batch_cases=tuple(select(args.use_case or SERVED, args.scale)),
+        batch_cases=tuple(select(args.batch_use_case or args.use_case or SERVED, args.scale)),
         repeats=args.repeats,
         rounds=args.rounds,
         resident=args.resident,

@@ -8,27 +8,13 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_sparse.bench.memory import model_bytes
 from vllm_sparse.bench.process import Answers
-
-
-def model_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of a model's weights as they lie in memory, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    total = sum(storages.values())
-    for module in model.modules():
-        # vLLM's CPU layers keep a repacked weight of the same size outside PyTorch, and empty the parameter.
-        weight = getattr(module, "weight", None)
-        if hasattr(module, "cpu_linear") and isinstance(weight, torch.Tensor) and not weight.numel():
-            n, k = getattr(module, "output_size_per_partition", 0), getattr(module, "input_size_per_partition", 0)
-            total += int(n) * int(k) * weight.dtype.itemsize
-    return total
 
 
 def memory(llm: Any) -> dict[str, Any]:

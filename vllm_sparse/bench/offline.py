@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse.bench.machine import gpu_states, idle_check, throttle_check
+from vllm_sparse.bench.machine import gpu_states, throttle_check
 from vllm_sparse.bench.process import Worker
 from vllm_sparse.bench.settings import Settings
 from vllm_sparse.bench.store import Row
 from vllm_sparse.bench.targets import Target
 from vllm_sparse.bench.use_cases import UseCase
 
-ENGINE = "vllm_sparse.bench.engine"
+ENGINE = (sys.executable, "-m", "vllm_sparse.bench.engine")
 _WARM_UP_TOKENS = 16
+_PLUGIN = re.compile(r"sparse24: (\d+ of \d+ linear layers run .+)")
 _SECONDS = 1800.0  # that one batch may take
 
 
@@ -57,12 +60,15 @@ class Engine:
     def __init__(self, target: Target, settings: Settings, log: Path) -> None:
         self._settings = settings
         self._warm: set[tuple[str, str]] = set()
-        arguments = ["--model", target.source, *settings.arguments(target)]
-        self.worker = Worker(target.label, ENGINE, arguments, log)
+        command = [*ENGINE, "--model", target.source, *settings.arguments(target)]
+        self._log = log
+        self.worker = Worker(target.label, command, log)
 
     def wait(self) -> dict[str, Any]:
-        """Wait until it is loaded; return seconds of loading, bytes of weights and tokens of KV cache."""
-        return self.worker.wait_ready(self._settings.startup_seconds)
+        """Wait until it is loaded; return seconds of loading, bytes, tokens of KV cache, and what the plugin said."""
+        facts = self.worker.wait_ready(self._settings.startup_seconds)
+        said = _PLUGIN.findall(self._log.read_text(encoding="utf-8", errors="replace"))
+        return facts | {"plugin": list(dict.fromkeys(said))}
 
     def _ask(self, job: Job, output: int, seed: int) -> dict[str, Any]:
         request = {"requests": job.requests, "prompt": job.case.prompt, "output": output, "seed": seed}
@@ -73,15 +79,15 @@ class Engine:
         if (job.suite, job.case.name) not in self._warm:
             self._ask(job, min(_WARM_UP_TOKENS, job.case.output), seed=10_000)
             self._warm.add((job.suite, job.case.name))
-        warnings = idle_check()
+        warnings: set[str] = set()
         seconds, states = [], []
         for sample in range(job.samples):
             answer = self._ask(job, job.case.output, seed=job.round * job.samples + sample)
             seconds.append(answer["seconds"])
             states.append(gpu_states())
-            warnings += throttle_check(states[-1])
+            warnings.update(throttle_check(states[-1]))
         shape = {"requests": job.requests, "prompt": job.case.prompt, "output": job.case.output}
-        return {**job.key, **shape, "seconds": seconds, "gpu": states, "warnings": sorted(set(warnings))}
+        return {**job.key, **shape, "seconds": seconds, "gpu": states, "warnings": sorted(warnings)}
 
     def close(self) -> None:
         """Unload it."""

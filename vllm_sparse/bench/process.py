@@ -8,7 +8,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -68,22 +67,22 @@ def stop(process: subprocess.Popen[bytes], seconds: float = 20) -> None:
 
 
 class Worker:
-    """A module of this package in a subprocess: one JSON line in, one JSON line out, everything else in a log.
+    """A subprocess that answers: one JSON line in, one JSON line out, everything else in a log.
 
     Args:
         label: what errors call it.
-        module: run as ``python -m module *arguments``; its first answer says that it is ready.
+        command: what is run; its first answer says that it is ready.
         log: where its output goes.
     """
 
-    def __init__(self, label: str, module: str, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, label: str, command: Sequence[str], log: Path) -> None:
         self.label, self.log = label, log
         self._answers, write_end = os.pipe()
         self._buffer = b""
         self._loaded = False
         try:
             self.process = start(
-                [sys.executable, "-m", module, *arguments],
+                command,
                 log,
                 {RESULT_FD: str(write_end), "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
                 stdin=subprocess.PIPE,
@@ -136,13 +135,17 @@ class Worker:
         line, self._buffer = self._buffer.split(b"\n", 1)
         return dict(json.loads(line))
 
-    def close(self) -> None:
-        """End the process and everything it started."""
+    def finish(self) -> None:
+        """Tell the process that there are no more jobs."""
         if self.process.stdin is not None:
             with suppress(BrokenPipeError):
                 self.process.stdin.close()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(15)
+
+    def close(self) -> None:
+        """End the process and everything it started."""
+        self.finish()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(15)
         stop(self.process)
         os.close(self._answers)
 

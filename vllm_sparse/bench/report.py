@@ -123,16 +123,23 @@ def _describe(data: Mapping[str, Any]) -> list[str]:
     lines = [
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {gpus}",
         f"- {versions}; commit {data['commit'] or 'unknown'}",
-        f"- {data['date']}; {arguments['repeats']} samples, {arguments['rounds']} rounds"
+        f"- {data['date']}; {arguments['repeats']} samples, {arguments['rounds']} round(s)"
         f"{', engines resident' if arguments['resident'] else ''}; medians ± half the range; prefix cache off",
         f"- engine arguments of every model: `{arguments['engine_args'] or 'none'}`",
     ]
     if data["scale"] != 1:
         lines.append(f"- **the use cases' lengths are scaled by {data['scale']:g}**, as the table heads say")
-    lines += [
-        f"- {target['label']}: `{' '.join([target['source'], *target['options']])}`" for target in data["targets"]
-    ]
+    for target in data["targets"]:
+        said = [line for row in data["rows"] if row["model"] == target["label"] for line in row.get("plugin", [])]
+        lines.append(f"- {target['label']}: {'; '.join([_name(target), *said])}")
     return lines
+
+
+def _name(target: Mapping[str, Any]) -> str:
+    """Return how a model was given: paths by their last part, since machines differ in the rest."""
+    source = str(target["source"])
+    name = source if source.startswith("http") else Path(source).name
+    return f"`{' '.join([name, *target['options']])}`"
 
 
 def sections(summary: Summary) -> list[tuple[str, str]]:

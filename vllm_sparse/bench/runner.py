@@ -36,15 +36,18 @@ class Runner:
         self._out = out
         self._engines: dict[str, offline.Engine] = {}
         self._client: Worker | None = None
+        self._loaded: set[str] = set()
         self._failed: set[tuple[str, str]] = set()
         self._sweep = Sweep(settings, store, targets[0].label)
         self._progress = Progress(self._cost())
 
     def run(self) -> int:
         """Measure; return the number of failures."""
-        for sentence in idle_check(1.0):
+        for sentence in idle_check(1.0, gpus=True):
             self._warn(sentence)
         try:
+            if self._settings.resident:
+                self._load_all()
             for walk in range(self._settings.walks):
                 for target in self._order(walk):
                     self._offline(target, walk)
@@ -81,6 +84,10 @@ class Runner:
     def _offline(self, target: Target, walk: int) -> None:
         jobs = self._offline_jobs(target, walk)
         try:
+            if jobs:
+                self._engine(target)
+                for sentence in idle_check():
+                    self._warn(sentence)
             for job in jobs:
                 row = self._engine(target).measure(job)
                 self._keep(row)
@@ -93,22 +100,30 @@ class Runner:
                 self._close_engine(target.label)
 
     def _engine(self, target: Target) -> offline.Engine:
-        """Return the loaded engine of ``target``; a resident run loads all of them now, side by side."""
+        """Return the loaded engine of ``target``; a resident run starts all of them at the same time."""
         if target.label not in self._engines:
-            loading = self._targets if self._settings.resident else [target]
-            loading = [t for t in loading if t.label not in self._engines and not t.is_endpoint]
-            for each in loading:
-                self._progress.say(f"loading {each.label}")
-                log = self._logs / f"engine-{each.label}.log"
-                self._engines[each.label] = offline.Engine(each, self._settings, log)
-                if self._settings.resident:
-                    self._loaded(each)  # one after another, since each measures the memory that is free
-            if not self._settings.resident:
-                self._loaded(target)
+            for each in self._targets if self._settings.resident else [target]:
+                if each.label not in self._engines and (each.label, "offline") not in self._failed:
+                    self._progress.say(f"loading {each.label}")
+                    log = self._logs / f"engine-{each.label}.log"
+                    self._engines[each.label] = offline.Engine(each, self._settings, log)
+        if target.label not in self._loaded:
+            self._wait(target)
         return self._engines[target.label]
 
-    def _loaded(self, target: Target) -> None:
+    def _load_all(self) -> None:
+        """Load the engines of a resident run before anything is timed."""
+        for target in self._targets:
+            if any(self._offline_jobs(target, walk) for walk in range(self._settings.walks)):
+                try:
+                    self._engine(target)
+                except EngineError as error:
+                    self._fail(target, "offline", {"suite": "offline", "model": target.label, "round": 0}, error)
+                    self._close_engine(target.label)
+
+    def _wait(self, target: Target) -> None:
         facts = self._engines[target.label].wait()
+        self._loaded.add(target.label)
         key = {"suite": "memory", "model": target.label}
         if not self._store.has(key):
             files = Path(target.source).glob("*.safetensors")
@@ -117,11 +132,14 @@ class Runner:
         self._progress.done(_LOAD_COST, f"loaded {target.label} in {facts['load_seconds']:.0f} s")
 
     def _close_engine(self, label: str) -> None:
+        self._loaded.discard(label)
         engine = self._engines.pop(label, None)
         if engine is not None:
             engine.close()
 
     def _close_engines(self) -> None:
+        for engine in self._engines.values():
+            engine.worker.finish()  # so that they end at the same time
         for label in list(self._engines):
             self._close_engine(label)
 
@@ -181,7 +199,7 @@ class Runner:
 
     def _sweep_server(self, server: Server, target: Target, walk: int) -> None:
         if self._client is None:
-            self._client = Worker("vllm bench serve", CLIENT, [], self._logs / "client.log")
+            self._client = Worker("vllm bench serve", CLIENT, self._logs / "client.log")
             self._client.wait_ready(self._settings.startup_seconds)
         for case in self._settings.batch_cases:
             for point in self._sweep.points(target.label, case, walk):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from vllm_sparse.bench.store import Row, Store
 from vllm_sparse.bench.use_cases import UseCase
 from vllm_sparse.errors import EngineError
 
-CLIENT = "vllm_sparse.bench.client"
+CLIENT = (sys.executable, "-m", "vllm_sparse.bench.client")
 SINGLE, AT_ONCE = "single", "at-once"
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # of the first model's saturation
 _METRICS = ("ttft", "itl", "tpot", "e2el")

@@ -28,7 +28,7 @@ class Settings:
         batch_cases: throughput and serving use these.
         repeats: timed samples of each offline measurement.
         rounds: how often the list of models is walked through, every second time backwards.
-        resident: all engines stay loaded, and single samples alternate between the models.
+        resident: all engines stay loaded, and the models take turns, one sample of each measurement at a time.
         requests: requests sent at once, for throughput and for the saturated server.
         rates: requests per second to serve at; empty: fractions of the first model's saturation.
         arrivals: how requests arrive, of ``ARRIVALS``.

@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_sparse.compress.magnitude import keep_two_of_four
 
 # The penalty that ties the free weights to the pruned ones, for an H of unit diagonal, and the steps taken with each.
-# It starts where the mask still moves freely and ends where it no longer does (docs/decisions/0301-compress-masks.md).
+# It starts where the mask still moves freely and ends where it no longer does (docs/decisions/0008-compress-masks.md).
 _PENALTIES = tuple(0.05 * 30 ** (stage / 7) for stage in range(8))
 _STEPS = 6
 

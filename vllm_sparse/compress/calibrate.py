@@ -37,14 +37,15 @@ class BlockHessians:
         """Forget the inputs of this forward pass; a later tensor may live at the same address."""
         self._seen.clear()
 
-    def groups(self) -> Iterator[tuple[list[str], Tensor | None, int]]:
+    def groups(self) -> Iterator[tuple[tuple[str, ...], Tensor | None, int]]:
         """Yield the layers that share an input, its H, and its number of tokens: (None, 0) when there were none."""
         members: dict[str, list[str]] = {}
         for name in self._linears:
             members.setdefault(self._leader.get(name, name), []).append(name)
         for leader, names in members.items():
             hessian = self._hessians.get(leader)
-            yield (names, None, 0) if hessian is None else (names, hessian.matrix(leader), hessian.tokens)
+            h, tokens = (None, 0) if hessian is None else (hessian.matrix(leader), hessian.tokens)
+            yield tuple(names), h, tokens
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -50,56 +50,107 @@ class LayerReport:
     note: str = ""
 
 
-def compress_layers(
-    weights: Mapping[str, Tensor], h: Tensor | None, tokens: int, recipe: Recipe, value_dtype: torch.dtype
+@dataclass
+class Pruned:
+    """Layers with the same input after pruning, their rows one below the other.
+
+    Attributes:
+        weights: the dense weights, float32 ``[n, k]`` by layer name.
+        sparse: the pruned weights of all of them, ``[sum of n, k]``; may be improved on ``mask`` before quantizing.
+        mask: bool ``[sum of n, k]``.
+        ratios: see ``LayerReport.optimum_ratio``.
+    """
+
+    weights: Mapping[str, Tensor]
+    sparse: Tensor
+    mask: Tensor
+    ratios: Mapping[str, float]
+
+    def rows(self) -> Iterator[tuple[str, slice]]:
+        """Yield each layer's name and its rows."""
+        start = 0
+        for name, weight in self.weights.items():
+            yield name, slice(start, start + weight.shape[0])
+            start += weight.shape[0]
+
+    @property
+    def dense(self) -> Tensor:
+        """The dense weights one below the other."""
+        return torch.cat(list(self.weights.values()))
+
+
+class Inputs:
+    """What is known of the inputs that some layers share: H damped, or nothing."""
+
+    def __init__(self, h: Tensor | None, tokens: int, recipe: Recipe, layers: str) -> None:
+        self.h = h
+        self.tokens = tokens
+        self.damped = None if h is None else damp(h, recipe.dampening, layers)
+
+    def note(self, recipe: Recipe, k: int) -> str:
+        """Return what a reader of the report should know, or nothing."""
+        if self.damped is None:
+            missing = "no calibration token reached it: pruned by magnitude, rounded to nearest"
+            return missing if recipe.needs_calibration else ""
+        notes = []
+        if self.damped.dampening > recipe.dampening:
+            notes.append(f"dampening raised to {self.damped.dampening:g}")
+        if self.tokens < k:
+            notes.append(f"only {self.tokens} calibration tokens for {k} inputs")
+        return "; ".join(notes)
+
+
+def prune_layers(weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe) -> Pruned:
+    """Choose the mask of ``weights`` (float32 ``[n, k]`` by name, one k) and the best weights on it.
+
+    Raises:
+        NotSparseError: the recipe prunes nothing and a layer is not 2:4.
+    """
+    damped = inputs.damped
+    weight = torch.cat(list(weights.values()))
+    if damped is not None and bool(damped.dead.any()):
+        weight = weight.masked_fill(damped.dead, 0)
+    if recipe.pruner == "none":
+        for name, part in weights.items():  # say which layer, before any rounding could hide what is wrong
+            Sparse24Weight.from_dense(part.bfloat16(), get_scheme("bf16"), layer=name)
+    sparse, mask = _prune(weight, inputs.h, damped, recipe)
+    pruned = Pruned(weights, sparse, mask, {})
+    if damped is not None and recipe.squares_iterations:
+        pruned.sparse = least_squares(weight, sparse, mask, damped.h, recipe.squares_iterations)
+        pruned.ratios = {
+            name: optimum_ratio(weight[rows], pruned.sparse[rows], mask[rows], damped.h) for name, rows in pruned.rows()
+        }
+    return pruned
+
+
+def quantize_layers(
+    pruned: Pruned, inputs: Inputs, recipe: Recipe, value_dtype: torch.dtype
 ) -> Iterator[tuple[Sparse24Weight, Tensor, LayerReport]]:
-    """Prune and quantize the weights of layers that have the same input, all rows at once.
+    """Round pruned layers to their scheme.
 
     Args:
-        weights: float32 ``[n, k]`` by layer name, of one k.
-        h: H float32 ``[k, k]`` of their input, or None when the recipe needs none or no token reached the layers.
-        tokens: how many tokens ``h`` saw.
         value_dtype: bf16 or fp16, for the scheme that does not quantize.
 
     Yields:
         For each layer the hub weight, its dequantized dense form float32 ``[n, k]``, and the report.
     """
-    names = ", ".join(weights)
-    weight = torch.cat(list(weights.values()))
-    damped = None if h is None else damp(h, recipe.dampening, names)
-    if damped is not None and bool(damped.dead.any()):
-        weight = weight.masked_fill(damped.dead, 0)
-    if recipe.pruner == "none":
-        for name, part in weights.items():  # name the layer, before any rounding could hide what is wrong
-            Sparse24Weight.from_dense(part.to(value_dtype), get_scheme("bf16"), layer=name)
-    sparse, mask = _prune(weight, h, damped, recipe)
-    if damped is not None and recipe.squares_iterations:
-        sparse = least_squares(weight, sparse, mask, damped.h, recipe.squares_iterations)
-    hub = _quantize(weight, sparse, mask, damped, recipe, value_dtype)
-    start = 0
-    for name, part in weights.items():
-        rows = slice(start, start + part.shape[0])
-        start = rows.stop
-        ratio = None
-        if damped is not None and recipe.squares_iterations:
-            ratio = optimum_ratio(weight[rows], sparse[rows], mask[rows], damped.h)
-        own = _rows(hub, rows)
-        dense = own.to_dense()
-        yield (
-            own,
-            dense,
-            LayerReport(
-                name,
-                n=part.shape[0],
-                k=part.shape[1],
-                error=_relative_error(part, dense, h),
-                optimum_ratio=ratio,
-                dampening=None if damped is None else damped.dampening,
-                tokens=tokens,
-                zeros=1 - float(nonzero_mask(own.values).sum()) / part.numel(),
-                note=_note(damped, tokens, recipe, part.shape[1]),
-            ),
+    hub = _quantize(pruned, inputs.damped, recipe, value_dtype)
+    for name, rows in pruned.rows():
+        scales = None if hub.scales is None else hub.scales[rows]
+        own = replace(hub, values=hub.values[rows], positions=hub.positions[rows], scales=scales)
+        weight, dense = pruned.weights[name], own.to_dense()
+        report = LayerReport(
+            name,
+            n=weight.shape[0],
+            k=weight.shape[1],
+            error=_relative_error(weight, dense, inputs.h),
+            optimum_ratio=pruned.ratios.get(name),
+            dampening=None if inputs.damped is None else inputs.damped.dampening,
+            tokens=inputs.tokens,
+            zeros=1 - float(nonzero_mask(own.values).sum()) / weight.numel(),
+            note=inputs.note(recipe, weight.shape[1]),
         )
+        yield own, dense, report
 
 
 def _prune(weight: Tensor, h: Tensor | None, damped: Damped | None, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -117,10 +168,8 @@ def _prune(weight: Tensor, h: Tensor | None, damped: Damped | None, recipe: Reci
     return weight * mask, mask
 
 
-def _quantize(
-    weight: Tensor, sparse: Tensor, mask: Tensor, damped: Damped | None, recipe: Recipe, value_dtype: torch.dtype
-) -> Sparse24Weight:
-    scheme = get_scheme(recipe.scheme)
+def _quantize(pruned: Pruned, damped: Damped | None, recipe: Recipe, value_dtype: torch.dtype) -> Sparse24Weight:
+    scheme, sparse = get_scheme(recipe.scheme), pruned.sparse
     if not scheme.scaled:
         return Sparse24Weight.from_dense(sparse.to(value_dtype), scheme)
     importance = None if damped is None else damped.h.diagonal()
@@ -128,29 +177,11 @@ def _quantize(
     if damped is None or recipe.quantizer == "rtn":
         rounded = round_to_nearest(sparse, grid)
     elif recipe.quantizer == "joint":
-        rounded, _ = sparsegpt(weight, damped.factor, grid)
+        rounded, _ = sparsegpt(pruned.dense, damped.factor, grid)
     else:
-        rounded = gptq(sparse, damped.h, grid, mask)
-        rounded = coordinate_descent(sparse, rounded, damped.h, grid, mask, _SWEEPS)
+        rounded = gptq(sparse, damped.h, grid, pruned.mask)
+        rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
     return Sparse24Weight.from_dense(grid.encode(rounded), scheme, grid.scales.to(recipe.scale_dtype), recipe.group)
-
-
-def _rows(hub: Sparse24Weight, rows: slice) -> Sparse24Weight:
-    scales = None if hub.scales is None else hub.scales[rows]
-    return replace(hub, values=hub.values[rows], positions=hub.positions[rows], scales=scales)
-
-
-def _note(damped: Damped | None, tokens: int, recipe: Recipe, k: int) -> str:
-    """Return what a reader of the report should know of a layer, or nothing."""
-    if damped is None:
-        missing = "no calibration token reached it: pruned by magnitude, rounded to nearest"
-        return missing if recipe.needs_calibration else ""
-    notes = []
-    if damped.dampening > recipe.dampening:
-        notes.append(f"dampening raised to {damped.dampening:g}")
-    if tokens < k:
-        notes.append(f"only {tokens} calibration tokens for {k} inputs")
-    return "; ".join(notes)
 
 
 def _relative_error(weight: Tensor, dense: Tensor, h: Tensor | None) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,20 @@ from transformers import AutoTokenizer
 import vllm_sparse
 from vllm_sparse.compress.calibrate import BlockHessians
 from vllm_sparse.compress.calibration import fingerprint, load_calibration
-from vllm_sparse.compress.layer import LayerReport, compress_layers
+from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.model import BlockCall, BlockModel
 from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe, make_recipe, read_recipe
+from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Report, model_card, verify
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.base import is_ignored
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
+from vllm_sparse.weight import Sparse24Weight
 
-_TOKENS_AT_ONCE = 4096
+_TOKENS_AT_ONCE = 8192
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -147,25 +149,68 @@ class _Job:
     @torch.no_grad()
     def layers(self, writer: CheckpointWriter, tokens: Tensor | None, progress: Progress) -> Iterator[LayerReport]:
         """Compress block after block and write each; the inputs of a block come from the compressed ones before it."""
+        recipe = self._recipe
         hidden: list[Tensor] = []
         calls: dict[torch.Size, list[BlockCall]] = {}
         if tokens is not None:
             for batch in tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1])):
                 embedded, calls[batch.shape] = self._model.embed(batch)
                 hidden.append(embedded)
+        targets = list(hidden)
         for index in range(len(self._model.blocks)):
             block = self._model.load(index)
+            batches = [(calls[x.shape[:2]][index], x) for x in hidden]
+            if recipe.refine:
+                targets = [calls[x.shape[:2]][index].run(block, x) for x in targets]
             linears = {name: m for name, m in self._model.linears(index).items() if name in set(self.chosen)}
-            with BlockHessians(linears) as hessians:
-                for x in hidden:
-                    calls[x.shape[:2]][index].run(block, x)
-                    hessians.end_batch()
-            for names, h, count in hessians.groups():
-                for report in self._group({name: linears[name] for name in names}, h, count, writer):
+            groups = []
+            for names, inputs in self._inputs(block, linears, batches):
+                pruned = prune_layers({name: linears[name].weight.float() for name in names}, inputs, recipe)
+                groups.append((pruned, inputs))
+            if recipe.refine:
+                progress.say(self._refine(index, block, linears, groups, batches, targets))
+                renewed = dict(self._inputs(block, linears, batches))
+                groups = [(pruned, renewed[tuple(pruned.weights)]) for pruned, _ in groups]
+            for pruned, inputs in groups:
+                for hub, dense, report in quantize_layers(pruned, inputs, recipe, self._value_dtype):
+                    linears[report.name].weight.copy_(dense)
+                    self._add_layer(writer, report.name, hub)
                     progress.step(_line(report))
                     yield report
-            hidden = [calls[x.shape[:2]][index].run(block, x) for x in hidden]
+            hidden = [call.run(block, x) for call, x in batches]
             self._model.release(index)
+
+    def _inputs(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
+    ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+        """Run the block and yield what reached its layers, for each set of them that shares an input."""
+        with BlockHessians(linears) as hessians:
+            for call, x in batches:
+                call.run(block, x)
+                hessians.end_batch()
+        for names, h, tokens in hessians.groups():
+            yield names, Inputs(h, tokens, self._recipe, ", ".join(names))
+
+    def _refine(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        groups: Sequence[tuple[Pruned, Inputs]],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        targets: Sequence[Tensor],
+    ) -> str:
+        """Put the pruned weights into the block, train them, and take them out again; return a line on the result."""
+        places = [(pruned, name, rows) for pruned, _ in groups for name, rows in pruned.rows()]
+        for pruned, name, rows in places:
+            linears[name].weight.copy_(pruned.sparse[rows])
+        masks = {linears[name]: pruned.mask[rows] for pruned, name, rows in places}
+        examples = [(call, x, target) for (call, x), target in zip(batches, targets, strict=True)]
+        result = refine(block, masks, examples, self._recipe.refine, self._recipe.seed)
+        for pruned, name, rows in places:
+            pruned.sparse[rows] = linears[name].weight
+            linears[name].weight = nn.Parameter(linears[name].weight.to(batches[0][1].dtype), requires_grad=False)
+        return f"block {index} refined: relative squared error {result.before:.4f} to {result.after:.4f}"
 
     def finish(self, writer: CheckpointWriter) -> int:
         """Write everything that is not a 2:4 layer; return the bytes of all tensors written."""
@@ -186,18 +231,11 @@ class _Job:
         writer.flush()
         return self._bytes
 
-    def _group(
-        self, linears: Mapping[str, nn.Linear], h: Tensor | None, tokens: int, writer: CheckpointWriter
-    ) -> Iterator[LayerReport]:
-        """Compress layers that share an input, put the result back into the model and write it."""
-        weights = {name: linear.weight.float() for name, linear in linears.items()}
-        for hub, dense, report in compress_layers(weights, h, tokens, self._recipe, self._value_dtype):
-            linears[report.name].weight.copy_(dense)
-            file_name = self.file_name(report.name)
-            for last, tensor in self.format.from_weight(hub.to("cpu")).items():
-                self._add(writer, f"{file_name}.{last}", tensor)
-            self._written.add(f"{file_name}.weight")
-            yield report
+    def _add_layer(self, writer: CheckpointWriter, layer: str, hub: Sparse24Weight) -> None:
+        file_name = self.file_name(layer)
+        for last, tensor in self.format.from_weight(hub.to("cpu")).items():
+            self._add(writer, f"{file_name}.{last}", tensor)
+        self._written.add(f"{file_name}.weight")
 
     def _add(self, writer: CheckpointWriter, name: str, tensor: Tensor) -> None:
         writer.add(name, tensor)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from vllm_sparse.compress.llm_compressor import convert_recipe, is_llm_compressor
 from vllm_sparse.errors import OptionError
 from vllm_sparse.scheme import GROUP_SIZES, get_scheme
 
@@ -25,6 +26,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "group_size": (int, type(None)),
     "iterations": (int, type(None)),
     "dampening": (int, float),
+    "refine": (int,),
     "ignore": (list, tuple),
     "num_samples": (int,),
     "seq_len": (int,),
@@ -43,6 +45,7 @@ class Recipe:
         group_size: input features per scale; None: 128 for weight-only schemes, per channel for the others.
         iterations: of least squares on the kept weights; None: 20 after a pruner that looks at inputs, else 0.
         dampening: share of the mean diagonal added to H.
+        refine: training steps per block on the kept weights, against the dense block's output.
         ignore: layers that stay dense, by exact name or ``re:`` and a regular expression, besides ``ALWAYS_DENSE``.
         num_samples, seq_len: calibration sequences and their length in tokens.
         seed: of the choice of sequences.
@@ -57,6 +60,7 @@ class Recipe:
     group_size: int | None = None
     iterations: int | None = None
     dampening: float = 0.01
+    refine: int = 0
     ignore: tuple[str, ...] = ()
     num_samples: int = 128
     seq_len: int = 512
@@ -72,9 +76,9 @@ class Recipe:
         if size not in (GROUP_SIZES if scheme.grouped else (-1,)):
             wanted = ", ".join(map(str, GROUP_SIZES)) if scheme.grouped else "-1, since it has one scale per channel"
             raise OptionError(f"group size {size} does not fit scheme {scheme.name}: expected {wanted}")
-        for name in ("num_samples", "seq_len"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("num_samples", 1), ("seq_len", 1), ("refine", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.dampening <= 1:
             raise OptionError(f"dampening must be between 0 and 1, got {self.dampening}")
         object.__setattr__(self, "group_size", size)
@@ -105,7 +109,8 @@ class Recipe:
     def needs_calibration(self) -> bool:
         """Whether any step looks at the inputs of a layer."""
         rounds_by_inputs = get_scheme(self.scheme).scaled and self.quantizer != "rtn"
-        return self.pruner in ("admm", "sparsegpt", "wanda") or rounds_by_inputs or self.squares_iterations > 0
+        prunes_by_inputs = self.pruner in ("admm", "sparsegpt", "wanda")
+        return prunes_by_inputs or rounds_by_inputs or self.squares_iterations > 0 or self.refine > 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that a YAML recipe may hold."""
@@ -113,14 +118,14 @@ class Recipe:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Return the options in YAML file ``path``, spelled like the attributes of ``Recipe``."""
+    """Return the options in YAML file ``path``: spelled like the attributes of ``Recipe``, or for llm-compressor."""
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"{path}: cannot be read as a YAML recipe ({error})") from error
     if not isinstance(options, dict):
         raise OptionError(f"{path}: expected a mapping of options, such as 'scheme: w4a16'")
-    return options
+    return convert_recipe(options, str(path)) if is_llm_compressor(options) else options
 
 
 def make_recipe(options: Mapping[str, Any], where: str = "recipe") -> Recipe:

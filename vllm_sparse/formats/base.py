@@ -131,7 +131,7 @@ class Format(ABC):
             FormatError, NotSparseError: naming ``module``.
         """
         given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        n, k = self.check(module, given, max(1, len(parts)))
+        n, k = self.check(module, given, parts=max(1, len(parts)))
         parts = parts or [n]
         if sum(parts) != n:
             raise FormatError(f"{module}: the tensors have {n} output features, the model {sum(parts)}")
@@ -139,22 +139,23 @@ class Format(ABC):
         weight.validate(module)
         return weight
 
-    def check(self, module: str, given: Given, parts: int = 1) -> tuple[int, int]:
+    def check(self, module: str, given: Given, of: str | None = None, parts: int = 1) -> tuple[int, int]:
         """Check names, shapes and dtypes of a layer's tensors before their data is read; return (n, k).
 
         Args:
             given: shape and dtype by ``TensorSpec.name``.
+            of: what the error names, if that is more than ``module``.
             parts: how many parts of a fused layer the tensors hold.
 
         Raises:
-            FormatError: beginning with ``module``.
+            FormatError: naming the layer.
         """
         size = self.features(module, {name: shape for name, (shape, _) in given.items()})
         if size is None:
             raise FormatError(f"{module}: the layer has none of the tensors of format {self.name}")
         dtypes = {dtype for _, dtype in given.values()}
         specs = self.tensors(module, *size, torch.float16 if torch.float16 in dtypes else torch.bfloat16)
-        check_tensors(specs, given, module, parts)
+        check_tensors(specs, given, of or module, parts)
         return size
 
     def stock_config(self) -> dict[str, Any] | None:

@@ -20,14 +20,17 @@ from vllm_sparse.formats.base import Format
 from vllm_sparse.formats.bitmask import BitmaskFormat
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.quantized import QuantizedFormat
 from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.formats.stock import dense_tensors, stock_config
+from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 _SHARD_BYTES = 1 << 30
 _CONFIG_KEYS = ("quantization_config", "compression_config")
 _NOT_COPIED = {"quantize_config.json"}  # says again, for GPTQ, what config.json no longer does
+_BITMASK = ("compressed", "bitmask", "shape", "row_offsets")
 _KV_CACHE = {"k_scale", "v_scale", "q_scale", "output_scale"}
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -42,6 +45,21 @@ def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def format_of(checkpoint: Checkpoint) -> Format:
+    """Return the format of ``checkpoint``; raise FormatError naming its config if it is none of ours, or wrong."""
+    found, file = quantization_config(checkpoint.config), checkpoint.path / "config.json"
+    try:
+        form = detect(found)
+    except FormatError as error:
+        raise FormatError(f"{file}: {error}") from error
+    if form is None:
+        raise FormatError(
+            f"{file}: quant_method {found.get('quant_method')!r}, format {found.get('format')!r} is none of the "
+            f"formats that can be converted"
+        )
+    return form
+
+
 def layers_of(checkpoint: Checkpoint, form: Format) -> dict[str, dict[str, str]]:
     """Return the names of a checkpoint's tensors by module and by last part, as ``form`` calls it."""
     modules: dict[str, dict[str, str]] = {}
@@ -52,7 +70,10 @@ def layers_of(checkpoint: Checkpoint, form: Format) -> dict[str, dict[str, str]]
                 called = name.removesuffix(ending) + other
                 break
         module, _, last = called.rpartition(".")
-        modules.setdefault(module, {})[last] = name
+        names = modules.setdefault(module, {})
+        if last in names:
+            raise FormatError(f"{checkpoint.path}: {names[last]!r} and {name!r} are two names of one tensor")
+        names[last] = name
     return modules
 
 
@@ -73,7 +94,7 @@ class Converter:
     def __init__(self, checkpoint: Checkpoint, form: Format, writer: CheckpointWriter, to_dense: bool) -> None:
         self.checkpoint, self.form, self.writer, self.to_dense = checkpoint, form, writer, to_dense
         self.summary = Summary(bytes_before=sum(info.nbytes for info in checkpoint.tensors.values()))
-        self._stock = form.stock_config() if to_dense else None
+        self._stock = _stock_config(form) if to_dense else None
         self._kinds: dict[LinearSpec, list[str]] = {}
         self._scale_dtype = self._common_scale_dtype()
 
@@ -97,8 +118,11 @@ class Converter:
         form, shapes = self.form, {last: info.shape for last, info in self._infos(names).items()}
         if self._stock is not None and not isinstance(form, BitmaskFormat):
             return False  # dense as it is
-        if isinstance(form, DenseFormat) and _outside_linear(module):
-            return False
+        if isinstance(form, DenseFormat):
+            # A router of a mixture of experts may be float32 in a bf16 model.
+            dtypes = {self.checkpoint.tensors[name].dtype for last, name in names.items() if last == "weight"}
+            if _outside_linear(module) or not dtypes <= set(SCHEMES["bf16"].value_dtypes):
+                return False
         if form.scheme_of(module) is None:
             return False
         if form.features(module, shapes) is not None:
@@ -123,7 +147,7 @@ class Converter:
                 self.summary.dense.append(module)
             return
         if self._stock is not None:
-            self._add(module, tensors | {"weight": weight.to_dense_codes()}, less=("compressed", "bitmask", "shape"))
+            self._add(module, tensors | {"weight": weight.to_dense_codes()}, less=_BITMASK)
             self.summary.sparse += 1
             return
         self._add(module, self._written(module, weight))
@@ -155,7 +179,7 @@ class Converter:
             )
         if isinstance(self.form, SparseBitmaskFormat):
             tensors = {**tensors, "weight": self.form.to_dense_codes(module, tensors)}
-        self._add(module, tensors, less=("compressed", "bitmask", "shape", "row_offsets"))
+        self._add(module, tensors, less=_BITMASK)
         if not _is_embedding(module):
             self.summary.dense.append(module)
 
@@ -198,7 +222,7 @@ class Converter:
             return stock_config(self._kinds, self.summary.dense)
         if not self._kinds:
             raise FormatError(
-                f"{self.checkpoint.path}: none of its linear layers is 2:4, so there is nothing to convert"
+                f"{self.checkpoint.path}: none of its linear layers is 2:4 in a scheme that the native format has"
             )
         return replace(self._native(next(iter(self._kinds))), ignore=tuple(sorted(self.summary.dense))).to_config()
 
@@ -233,6 +257,11 @@ class Converter:
         self.summary.bytes_after += tensor.nbytes
 
 
+def _stock_config(form: Format) -> dict[str, Any] | None:
+    """Return the config of what is dense in compressed-tensors already; None if the converter has to make one."""
+    return dict(form.stock) if isinstance(form, QuantizedFormat) else form.stock_config()
+
+
 def _is_embedding(module: str) -> bool:
     name = module.rpartition(".")[2]
     return "embed" in name or name in ("wte", "wpe")
@@ -262,13 +291,7 @@ def convert(source: str | Path, out: str | Path, to: str = "sparse24", force: bo
     if Path(source).resolve() == Path(out).resolve():
         raise OutputError(f"{out}: is the source; choose another output directory")
     with Checkpoint(source) as checkpoint:
-        form = detect(quantization_config(checkpoint.config))
-        if form is None:
-            found = quantization_config(checkpoint.config)
-            raise FormatError(
-                f"{checkpoint.path / 'config.json'}: quant_method {found.get('quant_method')!r}, format "
-                f"{found.get('format')!r} is none of the formats that can be converted"
-            )
+        form = format_of(checkpoint)
         with CheckpointWriter(out, force, _SHARD_BYTES) as writer:
             for file in checkpoint.other_files():
                 if file.name not in _NOT_COPIED:
@@ -289,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
     summary = convert(args.source, args.out, args.to, args.force)
     layers = summary.sparse + len(summary.dense)
     print(f"{args.out}: {summary.sparse} of {layers} linear layers are 2:4, written as {args.to}")
-    print(f"{summary.bytes_before / 1e9:.3f} GB before, {summary.bytes_after / 1e9:.3f} GB after")
+    print(f"{summary.bytes_before / 1e6:.1f} MB before, {summary.bytes_after / 1e6:.1f} MB after")
     if summary.left_out:
         print(
             f"left out {len(summary.left_out)} tensors that the format has no place for, such as {summary.left_out[0]}"

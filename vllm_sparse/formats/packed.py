@@ -59,6 +59,11 @@ class PackedFormat(CompressedTensorsFormat):
             )
         return tuple(specs)
 
+    @staticmethod
+    def zero_points(packed: Tensor, bits: int) -> Tensor:
+        """Return the zero points, int8 ``[n, groups]``, which are packed along n."""
+        return (unpack_columns(packed.T, bits).T - (1 << (bits - 1))).contiguous().view(torch.int8)
+
     def features(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
         shape = matrix(module, "weight_packed", shapes)
         if shape is None or self.scheme_of(module) is None:
@@ -77,8 +82,8 @@ class PackedFormat(CompressedTensorsFormat):
             told = tensors["weight_shape"].flatten().tolist()
             raise FormatError(f"{module}: weight_shape says {told}, the tensors {[n, k]}")
         if not group.symmetric:
-            zeros = unpack_columns(tensors["weight_zero_point"].T, bits).T - (1 << (bits - 1))
-            codes = (codes.unflatten(1, (zeros.shape[1], -1)) - zeros.view(torch.int8).unsqueeze(-1)).flatten(1)
+            zeros = self.zero_points(tensors["weight_zero_point"], bits)
+            codes = (codes.unflatten(1, (zeros.shape[1], -1)) - zeros.unsqueeze(-1)).flatten(1)
         scales, _ = scales_of(group, tensors, parts)
         return Sparse24Weight.from_dense(codes, scheme, scales, group.group_size, layer=module)
 

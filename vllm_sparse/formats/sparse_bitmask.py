@@ -58,7 +58,7 @@ class SparseBitmaskFormat(BitmaskFormat):
         shape = matrix(module, "bitmask", shapes)
         return shape and (shape[0], 8 * shape[1])
 
-    def check(self, module: str, given: Given, parts: int = 1) -> tuple[int, int]:
+    def check(self, module: str, given: Given, of: str | None = None, parts: int = 1) -> tuple[int, int]:
         size = self.features(module, {name: shape for name, (shape, _) in given.items()})
         if size is None:
             raise FormatError(f"{module}: the layer has none of the tensors of format {self.name}")
@@ -74,7 +74,7 @@ class SparseBitmaskFormat(BitmaskFormat):
             TensorSpec("row_offsets", (n,), torch.int64, None, metadata=True),
         ]
         scales = scale_specs(group, n, k, torch.float32, module) if group.scheme.scaled else []
-        check_tensors([*specs, *scales], given, module, parts)
+        check_tensors([*specs, *scales], given, of or module, parts)
         return size
 
     def to_dense_codes(self, module: str, tensors: Mapping[str, Tensor]) -> Tensor:

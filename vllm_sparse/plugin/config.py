@@ -13,7 +13,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_sparse.errors import OptionError, UnsupportedError
 from vllm_sparse.formats import Format, claims, detect
+from vllm_sparse.formats.base import is_ignored
 from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.packed import PackedFormat
 from vllm_sparse.formats.passthrough import PassThroughFormat
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.plugin import METHOD
@@ -113,7 +115,10 @@ class Sparse24Config(QuantizationConfig):
         """Return vLLM's renaming of tensors, and the names that the checkpoint's format has others for."""
         from vllm.model_executor.models.utils import WeightsMapper
 
-        return WeightsMapper(orig_to_new_suffix=dict(self.format.renamed)) | QuantizationConfig.get_cache_scale_mapper()
+        renamed = dict(self.format.renamed)
+        if isinstance(self.format, PackedFormat):
+            renamed[".weight_shape"] = None  # metadata, see Sparse24LinearMethod
+        return WeightsMapper(orig_to_new_suffix=renamed) | QuantizationConfig.get_cache_scale_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of a linear layer; anything else is left to vLLM."""
@@ -146,8 +151,9 @@ class Sparse24Config(QuantizationConfig):
 
         vLLM fuses layers (q, k and v into one) that a checkpoint names one by one; they have to agree.
         """
-        if fmt.scheme_of(module) is None:
+        if is_ignored(module, getattr(fmt, "ignore", ())):
             return None
+        # Asked by the names of its parts: a fused name matches no target that is a part's name or a pattern of it.
         names = fused_names(module, self.packed_modules_mapping)
         schemes = {name: fmt.scheme_of(name) for name in names}
         if len(set(schemes.values())) > 1:

@@ -33,5 +33,5 @@ def layer_spec(fmt: Format, module: str, n: int, k: int, dtype: torch.dtype) -> 
     scale = next((t for t in tensors if t.dtype in _SCALE_DTYPES and t.name != "input_scale"), None)
     if not scheme.scaled or scale is None:
         return LinearSpec(scheme, n, k, -1, dtype, None, static)
-    groups = 1 if scale.output_dim is None else torch.Size(scale.shape).numel() // n
-    return LinearSpec(scheme, n, k, -1 if groups == 1 else k // groups, dtype, scale.dtype, static)
+    group_size = -1 if scale.input_dim is None else k * n // torch.Size(scale.shape).numel()
+    return LinearSpec(scheme, n, k, group_size, dtype, scale.dtype, static)

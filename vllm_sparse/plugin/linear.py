@@ -75,7 +75,9 @@ class Sparse24LinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         if getattr(type(layer), "weight_loader", None) is ReplicatedLinear.weight_loader:
             loader = load_replicated
-        self._specs = self._tensors()
+        # Metadata is dropped by the config's mapper: it would tell nothing new, and it comes once per fused part, which
+        # makes the loader believe that the layer is complete too early.
+        self._specs = tuple(spec for spec in self._tensors() if not spec.metadata)
         for spec in self._specs:
             layer.register_parameter(spec.name, make_parameter(spec, self.module, self.parts, loader, self._device()))
         if self.scheme.activation is not None:
@@ -107,11 +109,11 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Raise UnsupportedError if this rank's share is not one the format can be cut into."""
         fmt = self.format
         for what, size, multiple in [("output", n, fmt.shard_n) for n in self.parts] + [("input", self.k, fmt.shard_k)]:
-            full = self.full_n if what == "output" else self.full_k
             if size % multiple and self._is_split():
                 raise UnsupportedError(
-                    f"{self.module}: tensor parallelism leaves {size} of {full} {what} features to a rank, which is "
-                    f"not a multiple of {multiple} as the {fmt.name} format needs; use a smaller tensor parallel size"
+                    f"{self.module}: tensor parallelism cuts a [{self.full_n}, {self.full_k}] layer so that a rank "
+                    f"gets {size} {what} features of a part, which is not a multiple of {multiple} as the {fmt.name} "
+                    f"format needs; use a smaller tensor parallel size"
                 )
 
     def _is_split(self) -> bool:
@@ -124,8 +126,8 @@ class Sparse24LinearMethod(LinearMethodBase):
             if not self._is_split():
                 raise
             raise UnsupportedError(
-                f"{self.module}: tensor parallelism leaves {sum(self.parts)} of {self.full_n} output and {self.k} of "
-                f"{self.full_k} input features to a rank: {error}; use a smaller tensor parallel size"
+                f"{self.module}: tensor parallelism cuts a [{self.full_n}, {self.full_k}] layer so that a rank gets "
+                f"[{sum(self.parts)}, {self.k}]: {error}; use a smaller tensor parallel size"
             ) from error
 
     def _storage_dtype(self) -> torch.dtype:
@@ -149,13 +151,12 @@ class Sparse24LinearMethod(LinearMethodBase):
         for spec in self._specs:
             parameter: Any = layer.get_parameter(spec.name)
             complete = take_complete(parameter)
-            if not complete and not (spec.optional or spec.metadata):
+            if not complete and not spec.optional:
                 raise FormatError(
                     f"{self.module}: tensor {spec.name} is not in the checkpoint, or only a part of it; "
                     f"a shard is missing, or the config does not describe the file"
                 )
-            # Metadata repeats what the shapes say, of the whole layer, and a shard is not the whole.
-            if complete and not spec.metadata:
+            if complete:
                 loaded[spec.name] = parameter.data
         return loaded
 

@@ -1,0 +1,283 @@
+"""Time linear layers, this package's kernels against their peers, in one process; one line per shape, one JSON file.
+
+    python -m benchmarks.linear --schemes fp8 --out benchmarks/results/h200/linear-fp8.json
+
+Weights are rotated so that no cache holds them between calls. On a GPU all calls of a measurement are one CUDA graph,
+and a row is the median of its replays divided by the number of calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import MODELS, TOKENS
+from vllm_sparse.kernels import choose_kernel
+from vllm_sparse.scheme import get_scheme
+from vllm_sparse.weight import Sparse24Weight
+
+FP8 = torch.float8_e4m3fn
+ROTATED_BYTES = 300 << 20  # more than any last-level cache
+CALLS = 24  # at least, per measurement
+REPLAYS = 7
+
+Call = Callable[[int], Any]  # multiplies by copy i of the weight
+Build = Callable[[int, int, int], Callable[[int], Call]]  # (n, k, copies) -> (m) -> call
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel to time: a line of the table."""
+
+    kernel: str
+    scheme: str
+    device: str
+    bits: float  # of weight read per original weight
+    build: Build
+
+
+def random_pairs(n: int, k: int, device: torch.device) -> Tensor:
+    """Return random positions, packed as in ``Sparse24Weight``."""
+    nibbles = torch.tensor([4, 8, 12, 9, 13, 14], dtype=torch.uint8, device=device)
+    picks = nibbles[torch.randint(0, 6, (n, k // 4), device=device)]
+    return picks[:, 0::2] | picks[:, 1::2] << 4
+
+
+def sparse_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    device = torch.device("cuda")
+    values = torch.randn(n, k // 2, device=device).to(FP8)
+    scales = torch.rand(n, 1, device=device)
+    weight = Sparse24Weight(get_scheme("fp8"), values, random_pairs(n, k, device), scales)
+    spec = weight.spec(torch.bfloat16)
+    kernel = choose_kernel(spec, device, "cuda_fp8")
+    packed = kernel.prepare(spec, weight)
+    rotated = [packed, *({name: t.clone() for name, t in packed.items()} for _ in range(copies - 1))]
+
+    def tokens(m: int) -> Call:
+        x, x_scale = torch.randn(m, k, device=device).to(FP8), torch.rand(m, 1, device=device)
+        return lambda i: kernel.apply(spec, rotated[i], x, x_scale, None)
+
+    return tokens
+
+
+def torch_bf16(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    weights = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+
+    def tokens(m: int) -> Call:
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        return lambda i: torch.mm(x, weights[i].t())
+
+    return tokens
+
+
+def _dense_fp8(n: int, k: int, copies: int) -> tuple[list[Tensor], Tensor]:
+    weights = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda").to(FP8) for _ in range(copies)]
+    return weights, torch.rand(1, n, device="cuda")
+
+
+def torch_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    weights, scale = _dense_fp8(n, k, copies)
+
+    def tokens(m: int) -> Call:
+        x, x_scale = torch.randn(m, k, device="cuda").to(FP8), torch.rand(m, 1, device="cuda")
+        return lambda i: torch._scaled_mm(x, weights[i].t(), x_scale, scale, out_dtype=torch.bfloat16)
+
+    return tokens
+
+
+def vllm_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
+        importlib.import_module("vllm._custom_ops")
+    weights, scale = _dense_fp8(n, k, copies)
+
+    def tokens(m: int) -> Call:
+        x, x_scale = torch.randn(m, k, device="cuda").to(FP8), torch.rand(m, 1, device="cuda")
+        out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+        return lambda i: torch.ops._C.cutlass_scaled_mm(out, x, weights[i].t(), x_scale, scale, None)
+
+    return tokens
+
+
+def cusparselt_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    """The library's fastest algorithm for each m; it has no per-token scale, so it does a little less work."""
+    dense = torch.randn(n, k, dtype=torch.bfloat16, device="cuda").unflatten(1, (-1, 4))
+    dense[..., 2:] = 0
+    weights = [torch._cslt_compress(dense.flatten(1).to(FP8)) for _ in range(copies)]
+
+    def tokens(m: int) -> Call:
+        x = torch.randn(-(-m // 16) * 16, k, device="cuda").to(FP8)
+
+        def call(i: int, algorithm: int) -> Tensor:
+            return torch._cslt_sparse_mm(weights[i], x.t(), out_dtype=torch.bfloat16, alg_id=algorithm)
+
+        def cost(algorithm: int) -> float:
+            try:
+                return time_graph(lambda i: call(i, algorithm), copies, replays=2)
+            except RuntimeError:
+                return float("inf")
+
+        best = min(range(_cusparselt_algorithms()), key=cost)
+        return lambda i: call(i, best)
+
+    return tokens
+
+
+def _cusparselt_algorithms() -> int:
+    backend: Any = torch.backends.cusparselt
+    return int(backend.get_max_alg_id() or 1) if hasattr(backend, "get_max_alg_id") else 1
+
+
+# The one table: add a kernel here.
+ROWS: tuple[Row, ...] = (
+    Row("vllm-sparse", "fp8", "cuda", 5, sparse_fp8),
+    Row("torch-bf16", "bf16", "cuda", 16, torch_bf16),
+    Row("torch-fp8", "fp8", "cuda", 8, torch_fp8),
+    Row("vllm-fp8", "fp8", "cuda", 8, vllm_fp8),
+    Row("cusparselt", "fp8", "cuda", 5, cusparselt_fp8),
+)
+
+
+def time_graph(call: Call, copies: int, replays: int = REPLAYS) -> float:
+    """Return microseconds per call: median over replays of a graph that walks over all copies."""
+    rounds = -(-CALLS // copies)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(rounds * copies):
+            call(i % copies)
+    times = []
+    for _ in range(replays + 2):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / (rounds * copies))
+    return statistics.median(times[2:])
+
+
+def time_wall(call: Call, copies: int, replays: int = REPLAYS) -> float:
+    """Return microseconds per call on the CPU: median over walks over all copies."""
+    times = []
+    for _ in range(replays + 1):
+        start = time.perf_counter()
+        for i in range(copies):
+            call(i)
+        times.append((time.perf_counter() - start) * 1e6 / copies)
+    return statistics.median(times[1:])
+
+
+def measure_read_tbps() -> float:
+    """Return the bandwidth of one large reduction, in TB/s."""
+    data = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
+    return data.nbytes / time_graph(lambda i: data.sum(), 1, 3) / 1e6
+
+
+def describe(row: Row, m: int, n: int, k: int, us: float, read_tbps: float) -> str:
+    tbps = n * k * row.bits / 8 / us / 1e6
+    line = f"{row.kernel:12} {row.scheme}  m={m:<5} n={n:<6} k={k:<6} {us:9.2f} us  {tbps:5.2f} TB/s"
+    if read_tbps:
+        line += f"  {100 * tbps / read_tbps:4.0f}% of read"
+    return line + f"  {2 * m * n * k / us / 1e6:7.1f} TFLOP/s"
+
+
+def measure(rows: Iterable[Row], models: list[str], tokens: list[int], read_tbps: float) -> list[dict[str, Any]]:
+    """Time every row on every shape; a row that fails is reported and left out."""
+    results = []
+    for model in models:
+        for layer, (n, k) in MODELS[model].items():
+            for row in rows:
+                copies = max(2, -(-ROTATED_BYTES // int(n * k * row.bits / 8)))
+                timer = time_graph if row.device == "cuda" else time_wall
+                try:
+                    with_tokens = row.build(n, k, copies)
+                    for m in tokens:
+                        us = timer(with_tokens(m), copies)
+                        line = {"kernel": row.kernel, "scheme": row.scheme, "model": model, "layer": layer}
+                        results.append(line | {"m": m, "n": n, "k": k, "us": round(us, 3)})
+                        print(f"{model:18} {layer:8}", describe(row, m, n, k, us, read_tbps), flush=True)
+                except (RuntimeError, ImportError, AttributeError) as error:
+                    print(f"{model} {layer} {row.kernel}: {str(error).splitlines()[0]}", file=sys.stderr)
+                if row.device == "cuda":
+                    torch.cuda.empty_cache()
+    return results
+
+
+def summarize(results: list[dict[str, Any]], model: str) -> None:
+    """Print the sum over a model's layers per m, and each kernel's ratio to this package's."""
+    names = list(dict.fromkeys(line["kernel"] for line in results))
+    sums: dict[tuple[str, int], list[float]] = {}
+    for line in results:
+        if line["model"] == model:
+            sums.setdefault((line["kernel"], line["m"]), []).append(line["us"])
+    print(f"\n{model}: sum over its layers in us (times vllm-sparse)")
+    for m in sorted({m for _, m in sums}):
+        ours = sum(sums.get(("vllm-sparse", m), [0.0]))
+        cells = [
+            f"{name} {sum(sums[name, m]):.1f}" + (f" ({sum(sums[name, m]) / ours:.2f}x)" if ours else "")
+            for name in names
+            if len(sums.get((name, m), [])) == len(MODELS[model])
+        ]
+        print(f"m={m:<5}", "  ".join(cells))
+
+
+def versions() -> dict[str, str]:
+    found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    if torch.backends.cusparselt.is_available():
+        found["cusparselt"] = str(torch.backends.cusparselt.version())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--schemes", nargs="+", default=["fp8", "bf16"], help="schemes of the rows to time")
+    parser.add_argument("--kernels", nargs="+", help="kernels of the rows to time; the rest of --out is kept")
+    parser.add_argument("--models", nargs="+", default=["Llama-3.1-8B"], choices=list(MODELS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--machine", default="", help="its name in the file")
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for row in ROWS
+        if row.device == arguments.device
+        and row.scheme in arguments.schemes
+        and (arguments.kernels is None or row.kernel in arguments.kernels)
+    ]
+    read_tbps = measure_read_tbps() if arguments.device == "cuda" else 0.0
+    results = measure(rows, arguments.models, arguments.tokens, read_tbps)
+    for model in arguments.models:
+        summarize(results, model)
+    if arguments.out is not None:
+        if arguments.out.exists():
+            done = {line["kernel"] for line in results}
+            results = [
+                line for line in json.loads(arguments.out.read_text())["rows"] if line["kernel"] not in done
+            ] + results
+        name = arguments.machine or (torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu")
+        report = {"machine": name, "date": datetime.date.today().isoformat(), "versions": versions()}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(
+            json.dumps(report | {"read_tbps": round(read_tbps, 3), "rows": results}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

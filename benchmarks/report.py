@@ -1,0 +1,136 @@
+"""Write the README's performance section from ``benchmarks/results/*/*.json``; no number there is typed by hand.
+
+python -m benchmarks.report          # also: make report
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from vllm_sparse.bench.report import accuracy_table, latency_table, memory_table, table, throughput_table
+from vllm_sparse.bench.store import SCHEMA
+from vllm_sparse.bench.summary import Summary
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN = "<!-- performance: written by `make report` from benchmarks/results -->"
+END = "<!-- end of performance -->"
+OURS = "vllm-sparse"
+LAYERS = ("qkv", "o", "gate_up", "down")
+
+
+def _described(data: dict[str, Any], file: Path) -> str:
+    versions = data.get("versions", {})
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
+    return f"{str(data['date'])[:10]}, {listed} ([{file.name}]({file.relative_to(ROOT)}))"
+
+
+def linear(data: dict[str, Any], file: Path) -> list[str]:
+    """Return one table per model: microseconds of the sum over a block's linear layers, against tokens.
+
+    Kernels of which a layer is missing at some number of tokens have no sum there.
+    """
+    times: dict[tuple[str, str], dict[tuple[str, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in data["rows"]:
+        times[row["model"], row["scheme"]][row["kernel"], row["m"]][row["layer"]] = row["us"]
+    parts = []
+    for (model, scheme), found in times.items():
+        sums = {key: sum(layers.values()) for key, layers in found.items() if set(layers) >= set(LAYERS)}
+        tokens = sorted({m for kernel, m in sums if kernel == OURS})
+        if not tokens:
+            continue
+        kernels = sorted({kernel for kernel, _ in sums}, key=lambda name: (name == OURS, name))
+        rows = [[kernel, *(_micro(sums.get((kernel, m))) for m in tokens)] for kernel in kernels]
+        dense = [name for name in kernels if name != OURS and name != "cusparselt"]
+        best = [min((sums[name, m] for name in dense if (name, m) in sums), default=None) for m in tokens]
+        ratios = [
+            f"{fastest / sums[OURS, m]:.2f}x" if fastest else "–" for fastest, m in zip(best, tokens, strict=True)
+        ]
+        head = f"**{model}, {scheme}**: microseconds of one block's four linear layers; {_described(data, file)}"
+        header = ["tokens", *map(str, tokens)]
+        parts += [head, "", table(header, [*rows, ["best dense / ours", *ratios]]), ""]
+    return parts
+
+
+def _micro(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def accuracy(data: dict[str, Any], file: Path) -> list[str]:
+    """Return a table of methods: mean negative log-likelihood over calibration draws, its range, validity, seconds."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in data["rows"]:
+        rows[row["method"]].append(row)
+    cells = []
+    for method, same in rows.items():
+        nll = [row["nll"] for row in same]
+        seconds = [row["seconds"] for row in same if row.get("seconds") is not None]
+        valid = {None: "–", True: "yes", False: "no"}[same[0].get("valid_24")]
+        spread = f"{min(nll):.4f} … {max(nll):.4f}"
+        time = f"{mean(seconds):.0f}" if seconds else "–"
+        cells.append([method, f"{mean(nll):.4f}", spread, str(len(nll)), valid, time])
+    head = f"**{Path(str(data['model'])).name}**: negative log-likelihood per token; {_described(data, file)}"
+    return [head, "", table(["method", "mean", "range", "draws", "valid 2:4", "seconds"], cells), ""]
+
+
+def serving(data: dict[str, Any], file: Path) -> list[str]:
+    """Return the latency, throughput, accuracy and memory tables of one run of ``vllm-sparse bench``."""
+    summary = Summary(data)
+    titles = {
+        "seconds of one request": latency_table(summary),
+        f"requests per second, {data['arguments']['requests']} at once": throughput_table(summary),
+        "accuracy": accuracy_table(summary),
+        "memory": memory_table(summary),
+    }
+    parts = []
+    for title, text in titles.items():
+        if text is not None:
+            parts += [f"**vLLM, {title}**; {_described(data, file)}", "", text, ""]
+    return parts
+
+
+def section(results: Path) -> str:
+    """Return the section's Markdown: one heading per machine, its results below it."""
+    lines = []
+    for machine in sorted(folder for folder in results.iterdir() if folder.is_dir()):
+        parts = []
+        for file in sorted(machine.glob("*.json")):
+            data = json.loads(file.read_text(encoding="utf-8"))
+            if data.get("schema") == SCHEMA:
+                parts += serving(data, file)
+            elif file.name.startswith("linear-"):
+                parts += linear(data, file)
+            elif file.name.startswith("accuracy-"):
+                parts += accuracy(data, file)
+        if parts:
+            lines += [f"### {machine.name}", "", *parts]
+    return "\n".join(lines).strip()
+
+
+def replaced(text: str, body: str) -> str:
+    """Return ``text`` with ``body`` between the two markers, which are appended where there are none."""
+    if BEGIN not in text:
+        text = f"{text.rstrip()}\n\n## Performance\n\n{BEGIN}\n{END}\n"
+    before, rest = text.split(BEGIN, 1)
+    return f"{before}{BEGIN}\n{body}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> int:
+    """Rewrite the README's section; return the exit status."""
+    body = section(RESULTS) if RESULTS.is_dir() else ""
+    if not body:
+        print(f"no results in {RESULTS}", file=sys.stderr)
+        return 1
+    README.write_text(replaced(README.read_text(encoding="utf-8"), body), encoding="utf-8")
+    print(f"{README} is up to date with {RESULTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Whole models through vLLM's engine: greedy tokens are those of the transformers model with the same weights.
+
+Everything runs in float32, where no tie between two tokens is close enough for the order of a sum to decide it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from tests.formats.golden import CASES
+from tests.plugin.layers import prune_to_two_of_four
+from tests.plugin.models import (
+    linear_layers,
+    quantize_inputs,
+    random_model,
+    save_dense,
+    save_native,
+    save_published,
+)
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.serve
+PROMPTS = [[5, 17, 99, 200, 31, 7], [3, 3], [250, 1, 90, 12, 44, 45, 46, 47, 48]]
+NEW_TOKENS = 12
+
+
+@pytest.fixture
+def engine() -> Iterator[Any]:
+    """Return ``start(path, **options)``, which loads a model into this process and returns what it generates."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
+
+    started: list[Any] = []
+
+    def start(
+        path: Path,
+        sparse24: dict[str, Any] | None = None,
+        prompts: list[list[int]] = PROMPTS,
+        adapter: Path | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
+        extra = {"additional_config": {"sparse24": sparse24}} if sparse24 else {}
+        llm = LLM(str(path), **defaults | extra | options)
+        started.append(llm)
+        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+        tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(tokens, wanted, use_tqdm=False, lora_request=lora)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    yield start
+    started.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+# How far below the reference's best logit a chosen token may be. Sums of float32 in another order move logits (of
+# size 5) by less than 1e-4. One e4m3 code that is rounded the other way moves its activation by 1/16 of itself.
+EXACT, FP8 = 1e-3, 0.2
+
+
+def assert_greedy(model: PreTrainedModel, continued: list[list[int]], bound: float = EXACT) -> None:
+    """Assert that every token is the one the reference model would choose, up to ``bound`` in its logit."""
+    model = model.float()
+    for prompt, tokens in zip(PROMPTS, continued, strict=True):
+        assert len(tokens) == NEW_TOKENS
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        gap = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        assert gap.max() <= bound, f"logits below the best: {gap.tolist()}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "static"),
+    [
+        ("llama", "bf16", False),
+        ("qwen2", "bf16", False),
+        ("llama", "w4a16", False),
+        ("qwen2", "w8a16", False),
+        ("llama", "int8", False),
+        ("qwen2", "int8", True),
+        ("llama", "fp8", False),
+        ("llama", "fp8", True),
+    ],
+)
+def test_native_checkpoint(engine: Any, tmp_path: Path, kind: str, scheme: str, static: bool) -> None:
+    stored = save_native(random_model(kind), tmp_path / "m", scheme, static)
+    quantize_inputs(stored.reference, scheme, static)
+    assert_greedy(stored.reference, engine(stored.path), FP8 if scheme == "fp8" else EXACT)
+
+
+PUBLISHED = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "flag"),
+    [
+        ("bitmask-bf16", "bf16", False),
+        ("bitmask-fp8", "fp8", False),
+        ("bitmask-int8", "int8", False),
+        ("marlin-4bit-g128-k256", "w4a16", False),
+        ("packed-4bit-g32", "w4a16", True),
+        ("quantized-fp8-channel", "fp8", True),
+        ("quantized-int8-tensor", "int8", True),
+    ],
+)
+def test_published_checkpoint(engine: Any, tmp_path: Path, name: str, scheme: str, flag: bool) -> None:
+    stored = save_published(random_model(), tmp_path / "m", PUBLISHED[name])
+    quantize_inputs(stored.reference, scheme, static=False)
+    options = {"quantization": "sparse24"} if flag else {}
+    assert_greedy(stored.reference, engine(stored.path, **options), FP8 if scheme == "fp8" else EXACT)
+
+
+def test_dense_checkpoint_with_a_layer_that_is_not_sparse(engine: Any, tmp_path: Path) -> None:
+    model = random_model("qwen2")
+    linear_layers(model)["model.layers.1.mlp.down_proj"].weight.data.normal_(std=0.08)
+    path = save_dense(model, tmp_path / "m")
+    assert_greedy(model, engine(path, quantization="sparse24"))
+
+
+def test_dense_checkpoint_quantized_while_loading(engine: Any, tmp_path: Path) -> None:
+    path = save_dense(random_model(), tmp_path / "dense")
+    stored = save_native(random_model(), tmp_path / "native", "w4a16")
+    assert_greedy(stored.reference, engine(path, {"scheme": "w4a16"}, quantization="sparse24"))
+
+
+@pytest.mark.parametrize("stored", ["native", "dense"])
+def test_dummy_weights(engine: Any, tmp_path: Path, stored: str) -> None:
+    model = random_model()
+    path = save_dense(model, tmp_path / "m") if stored == "dense" else save_native(model, tmp_path / "m", "fp8").path
+    options = {"quantization": "sparse24"} if stored == "dense" else {}
+    assert [len(tokens) for tokens in engine(path, load_format="dummy", **options)] == [NEW_TOKENS] * len(PROMPTS)
+
+
+def test_compiled_model(engine: Any, tmp_path: Path) -> None:
+    stored = save_native(random_model(), tmp_path / "m", "w4a16")
+    assert_greedy(stored.reference, engine(stored.path, enforce_eager=False))
+
+
+@pytest.mark.parametrize("scheme", ["int8"])
+def test_two_tensor_parallel_processes(engine: Any, tmp_path: Path, scheme: str) -> None:
+    stored = save_native(random_model("qwen2", intermediate_size=512), tmp_path / "m", scheme)
+    quantize_inputs(stored.reference, scheme, static=False)
+    assert_greedy(stored.reference, engine(stored.path, tensor_parallel_size=2))
+
+
+def test_trained_model(engine: Any, tmp_path: Path) -> None:
+    source = Path(__file__).parents[3] / "shared" / "models" / "pyllama-27m"
+    if not source.is_dir():
+        pytest.skip("the trained model pyllama-27m is not there")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    for module in linear_layers(model).values():
+        module.weight.data = prune_to_two_of_four(module.weight.data)
+    stored = save_native(model, tmp_path / "m", "bf16")
+    prompt = AutoTokenizer.from_pretrained(source)("def read_lines(path):\n    with open(")["input_ids"]
+    wanted = stored.reference.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert engine(stored.path, prompts=[prompt]) == [wanted[0, len(prompt) :].tolist()]
+
+
+def test_lora_on_top(engine: Any, tmp_path: Path) -> None:
+    stored = save_native(random_model(), tmp_path / "m", "w4a16")
+    adapter = tmp_path / "adapter"
+    targets = ["q_proj", "v_proj", "down_proj"]
+    tensors = {}
+    for name, module in linear_layers(stored.reference).items():
+        if name.rpartition(".")[2] not in targets:
+            continue
+        a, b = torch.randn(8, module.in_features) * 0.1, torch.randn(module.out_features, 8) * 0.1
+        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+        module.weight.data += 2 * b @ a  # lora_alpha / r
+    adapter.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": targets, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert_greedy(stored.reference, engine(stored.path, adapter=adapter, enable_lora=True, max_lora_rank=8))
