@@ -170,8 +170,8 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
 }
 
 template <typename T, typename C>
-__global__ __launch_bounds__(C::kThreads) void w4a16_mma_kernel(const __grid_constant__ Params p,
-                                                                const __grid_constant__ CUtensorMap) {
+__global__ __launch_bounds__(C::kThreads, 1) void w4a16_mma_kernel(const __grid_constant__ Params p,
+                                                                   const __grid_constant__ CUtensorMap) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     const uint32_t address = shared_address(shared);
@@ -234,7 +234,8 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
         case W4A16Kernel::kMma32:
             return run<T, Config<kGroups, 2, 4, 8>>(problem, device, stream);
         case W4A16Kernel::kMma64:
-            return run<T, Config<kGroups, 2, 8, 4>>(problem, device, stream);
+            // With four groups a step, twice the row blocks per warp do not fit the registers.
+            return run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device, stream);
         default:
             return "w4a16_mma: not a kernel of this file";
     }
