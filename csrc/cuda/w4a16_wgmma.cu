@@ -27,6 +27,9 @@ struct Config {
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
 
+    // Scale the sums of a step instead of its weights, where a step is one group and the sums are few.
+    static constexpr bool kScaleSums = kGroups == 1 && kTokens <= 16;
+
     // The other blocks of the cluster leave their sums here: 512 bytes per MMA tile of 16 rows x 8 tokens.
     static constexpr int kJ = kTokens / 8;
     static constexpr int kUnits = kHalves * kJ * kWarps;
@@ -112,12 +115,10 @@ __device__ __forceinline__ uint32_t token_descriptor(uint32_t address) { return 
 // wgmma may read the positions' registers while it runs, but the compiler takes them for free once it is issued. A
 // store that never happens (`never` is false) after the wait keeps them; only then are the next positions loaded.
 __device__ __forceinline__ void keep(uint2 positions, bool never, uint32_t address) {
-#ifndef NOGUARD
     asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.shared.v2.b32 [%1], {%2, %3};\n}" ::"r"(
                      static_cast<int>(never)),
                  "r"(address), "r"(positions.x), "r"(positions.y)
                  : "memory");
-#endif
 }
 
 __device__ __forceinline__ uint2 load_positions(uint32_t address) {
@@ -131,15 +132,12 @@ struct Block {
     uint4 codes;
     uint32_t scales[C::kGroups == 0 ? 1 : C::kGroups];
 
-    __device__ __forceinline__ Block(uint32_t codes_address, uint32_t scales_address) {
-        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w)
-                     : "r"(codes_address)
-                     : "memory");
+    __device__ __forceinline__ Block(const char* from, int lane) {
+        codes = reinterpret_cast<const uint4*>(from)[lane];
+        const uint32_t* scale =
+            reinterpret_cast<const uint32_t*>(from + kCodeBytes + kPositionBytes) + lane / 4 * C::kGroups;
 #pragma unroll
-        for (int group = 0; group < C::kGroups; ++group) {
-            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(scales[group]) : "r"(scales_address + 4 * group) : "memory");
-        }
+        for (int group = 0; group < C::kGroups; ++group) scales[group] = scale[group];
     }
 };
 
@@ -149,7 +147,7 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
         decode(words[unit], a[unit], T());
-        if constexpr (C::kGroups > 0) {
+        if constexpr (C::kGroups > 0 && !C::kScaleSums) {
             using Two = typename Pair<T>::type;
             const uint32_t both = block.scales[unit * C::kGroups / kUnits];
             const Two low = bit_cast<Two>(__byte_perm(both, 0, 0x1010)),
@@ -159,6 +157,17 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
                 a[unit][r] = bit_cast<uint32_t>(__hmul2(bit_cast<Two>(a[unit][r]), r % 2 == 0 ? low : high));
             }
         }
+    }
+}
+
+// sum += scale * part
+template <typename T, int kJ>
+__device__ __forceinline__ void add_scaled(float (&sum)[kJ][4], const float (&part)[kJ][4], uint32_t scales) {
+    const float2 scale = unpack(scales, T());
+#pragma unroll
+    for (int j = 0; j < kJ; ++j) {
+        sum[j][0] += scale.x * part[j][0], sum[j][1] += scale.x * part[j][1];
+        sum[j][2] += scale.y * part[j][2], sum[j][3] += scale.y * part[j][3];
     }
 }
 
@@ -216,110 +225,13 @@ __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHal
     }
 }
 
-// One consumer warp's part of the main loop. Two wgmma groups are in flight, each with its own operand registers: the
-// two 64-row halves of a step (kHalves 2), or two steps in turn (kHalves 1).
-template <typename T, typename C>
-struct Consumer {
-    using S = typename C::Memory;
-
-    float acc[C::kHalves][C::kJ][4];
-    Rows rows;
-
-    __device__ __forceinline__ Consumer(const Params& p, uint32_t address, int warp, int lane)
-        : rows{warp / 4 * 4 * C::kHalves + warp % 4, 4}, address_(address), lane_(lane), never_(p.m < 0) {
-        const uint32_t block = address + S::kWeights + rows.first * kBlockBytes<C::kGroups>;
-        codes_ = block + 16 * lane;
-        positions_address_ = block + kCodeBytes + 8 * lane;
-        scales_address_ = block + kCodeBytes + kPositionBytes + lane / 4 * 4 * C::kGroups;
-    }
-
-    // acc = this slice of the tile's sums.
-    __device__ __forceinline__ void run(const Sliced& work) {
-        held_ = 0;
-        if constexpr (C::kHalves == 2) {
-            for (int step = work.begin; step < work.end; ++step) {
-                barrier_wait(address_ + S::kFull + 8 * stage_, parity_);
-                multiply<0, C::kStages>(acc[0], 0,
-                                        step > work.begin);  // the last step is in use still: release nothing
-                multiply<1, 0>(acc[1], 4 * kBlockBytes<C::kGroups>, step > work.begin);
-                advance();
-            }
-        } else {
-            for (int step = work.begin;;) {
-                one_step<0>(step, work);
-                if (++step == work.end) break;
-                one_step<1>(step, work);
-                if (++step == work.end) break;
-            }
-        }
-        wgmma_wait<0>();
-        keep(positions_[0], never_, address_);
-        keep(positions_[1], never_, address_);
-#pragma unroll
-        for (int half = 0; half < C::kHalves; ++half) pin(acc[half]);
-        while (held_ > 0) release();
-    }
-
- private:
-    template <int kBuffer>
-    __device__ __forceinline__ void one_step(int step, const Sliced& work) {
-        barrier_wait(address_ + S::kFull + 8 * stage_, parity_);
-        multiply<kBuffer, 1>(acc[0], 0, step > work.begin);
-        advance();
-    }
-
-    // Issue the products of 64 rows, `offset` bytes into the step. Before that all groups but the last are waited for,
-    // so that all but the `kInUse` latest of the held stages can go back.
-    template <int kBuffer, int kInUse>
-    __device__ __forceinline__ void multiply(float (&d)[C::kJ][4], int offset, int accumulate) {
-        constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
-        const uint32_t at = stage_ * C::kWeightBytes + offset;
-        const uint32_t tokens = token_descriptor(address_ + stage_ * C::kTokenBytes);
-        const Block<C> block(codes_ + at, scales_address_ + at);
-        wgmma_wait<1>();
-        keep(positions_[kBuffer], never_, address_);
-        if (held_ > kInUse) release();
-        positions_[kBuffer] = load_positions(positions_address_ + at);
-        dequantize<T, C>(a_[kBuffer], block);
-        pin(d);
-        wgmma_fence();
-        wgmma<T, 0>(d, a_[kBuffer][0], tokens, positions_[kBuffer].x, accumulate);
-        wgmma<T, 1>(d, a_[kBuffer][1], tokens + 4, positions_[kBuffer].x, 1);
-        wgmma<T, 0>(d, a_[kBuffer][2], tokens + kHalf, positions_[kBuffer].y, 1);
-        wgmma<T, 1>(d, a_[kBuffer][3], tokens + kHalf + 4, positions_[kBuffer].y, 1);
-        wgmma_commit();
-        pin(d);
-    }
-
-    // Give the oldest held stage back.
-    __device__ __forceinline__ void release() {
-        if (lane_ == 0) barrier_arrive(address_ + S::kEmpty + 8 * oldest_);
-        if (++oldest_ == C::kStages) oldest_ = 0;
-        --held_;
-    }
-
-    __device__ __forceinline__ void advance() {
-        ++held_;
-        if (++stage_ == C::kStages) stage_ = 0, parity_ ^= 1;
-    }
-
-    uint32_t address_, codes_, positions_address_, scales_address_;
-    int lane_;
-    bool never_;
-    uint32_t a_[2][kUnits][4];
-    uint2 positions_[2]{};
-    uint32_t parity_ = 0;
-    int stage_ = 0, oldest_ = 0, held_ = 0;
-};
-
 template <typename T, typename C>
 __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __grid_constant__ Params p,
                                                                      const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
-    // Shuffled, so that the compiler keeps the address in a register instead of computing it anew in every step.
-    const uint32_t address = __shfl_sync(0xffffffffu, shared_address(shared), 0);
+    const uint32_t address = shared_address(shared);
     let_next_start();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp >= C::kWarps) {
@@ -337,13 +249,74 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
     __syncthreads();
-    Consumer<T, C> consumer(p, address, warp, lane);
+    constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
+    const Rows rows{warp / 4 * 4 * C::kHalves + warp % 4, 4};
+    const char* weights0 = shared + S::kWeights + rows.first * kBlockBytes<C::kGroups>;
+    const bool never = p.m < 0;
+    float acc[C::kHalves][C::kJ][4], sum[C::kHalves][C::kJ][4];
+    uint32_t a[C::kHalves][kUnits][4], scales[C::kHalves];
+    uint2 positions[C::kHalves]{};
+    uint32_t parity = 0;
+    int stage = 0;
     for (Sliced work(p); work.valid(p); work.next(p)) {
-        consumer.run(work);
-        auto& acc = consumer.acc;
+        int previous = -1;
+        if constexpr (C::kScaleSums) {
+#pragma unroll
+            for (int half = 0; half < C::kHalves; ++half) {
+#pragma unroll
+                for (int j = 0; j < C::kJ; ++j)
+                    sum[half][j][0] = sum[half][j][1] = sum[half][j][2] = sum[half][j][3] = 0.f;
+            }
+        }
+        for (int step = work.begin; step < work.end; ++step) {
+            barrier_wait(address + S::kFull + 8 * stage, parity);
+            const uint32_t tokens = token_descriptor(address + stage * C::kTokenBytes);
+            const int accumulate = !C::kScaleSums && step > work.begin;
+#pragma unroll
+            for (int half = 0; half < C::kHalves; ++half) {
+                const char* packed = weights0 + stage * C::kWeightBytes + 4 * half * kBlockBytes<C::kGroups>;
+                const Block<C> block(packed, lane);
+                wgmma_wait<C::kHalves - 1>();  // the oldest group in flight read a[half] and positions[half]
+                keep(positions[half], never, address);
+                if (half == C::kHalves - 1 && previous >= 0 && lane == 0)
+                    barrier_arrive(address + S::kEmpty + 8 * previous);
+                positions[half] = load_positions(shared_address(packed) + kCodeBytes + 8 * lane);
+                pin(acc[half]);
+                if constexpr (C::kScaleSums) {
+                    if (step > work.begin) add_scaled<T>(sum[half], acc[half], scales[half]);
+                    scales[half] = block.scales[0];
+                }
+                dequantize<T, C>(a[half], block);
+                pin(acc[half]);
+                wgmma_fence();
+                wgmma<T, 0>(acc[half], a[half][0], tokens, positions[half].x, accumulate);
+                wgmma<T, 1>(acc[half], a[half][1], tokens + 4, positions[half].x, 1);
+                wgmma<T, 0>(acc[half], a[half][2], tokens + kHalf, positions[half].y, 1);
+                wgmma<T, 1>(acc[half], a[half][3], tokens + kHalf + 4, positions[half].y, 1);
+                wgmma_commit();
+                pin(acc[half]);
+            }
+            previous = stage;
+            if (++stage == C::kStages) stage = 0, parity ^= 1;
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int half = 0; half < C::kHalves; ++half) {
+            keep(positions[half], never, address);
+            pin(acc[half]);
+            if constexpr (C::kScaleSums) {
+                add_scaled<T>(sum[half], acc[half], scales[half]);
+#pragma unroll
+                for (int j = 0; j < C::kJ; ++j) {
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) acc[half][j][c] = sum[half][j][c];
+                }
+            }
+        }
+        if (lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
         const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
         if (p.slices == 1) {
-            store_tile<T>(p, acc, row_tile * C::kBlocks, consumer.rows, token0);
+            store_tile<T>(p, acc, row_tile * C::kBlocks, rows, token0);
         } else {
             add_slices<T, C>(p, acc, shared, row_tile, token0);
         }
