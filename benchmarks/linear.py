@@ -110,6 +110,60 @@ def vllm_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
     return tokens
 
 
+def sparse_w4a16(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    device = torch.device("cuda")
+    values = torch.randint(-8, 8, (n, k // 2), device=device, dtype=torch.int8)
+    scales = torch.rand(n, k // 128, device=device).bfloat16()
+    weight = Sparse24Weight(get_scheme("w4a16"), values, random_pairs(n, k, device), scales, 128)
+    spec = weight.spec(torch.bfloat16)
+    kernel = choose_kernel(spec, device, "cuda_w4a16")
+    packed = kernel.prepare(spec, weight)
+    rotated = [packed, *({name: t.clone() for name, t in packed.items()} for _ in range(copies - 1))]
+
+    def tokens(m: int) -> Call:
+        x = torch.randn(m, k, dtype=torch.bfloat16, device=device)
+        return lambda i: kernel.apply(spec, rotated[i], x, None, None)
+
+    return tokens
+
+
+def _dense_int4(n: int, k: int, copies: int) -> tuple[list[Tensor], Tensor, int]:
+    """Return random packed codes, group scales and vLLM's number for the type uint4b8."""
+    if not hasattr(torch.ops._C, "marlin_gemm"):
+        importlib.import_module("vllm._custom_ops")
+    kind = importlib.import_module("vllm.scalar_type").scalar_types.uint4b8.id
+    shape = (n, k // 8)
+    codes = [torch.randint(-(2**31), 2**31, shape, device="cuda").to(torch.int32) for _ in range(copies)]
+    return codes, torch.rand(k // 128, n, device="cuda").bfloat16(), kind
+
+
+def vllm_marlin(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    codes, scales, kind = _dense_int4(n, k, copies)
+    weights = [c.view(k // 16, 2 * n) for c in codes]  # the values are random, so their order does not matter
+    locks = torch.zeros(torch.cuda.get_device_properties(0).multi_processor_count, dtype=torch.int32, device="cuda")
+
+    def tokens(m: int) -> Call:
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        nones = (None,) * 5
+        return lambda i: torch.ops._C.marlin_gemm(
+            x, None, weights[i], None, scales, *nones, locks, kind, m, n, k, True, False, True, False
+        )
+
+    return tokens
+
+
+def vllm_machete(n: int, k: int, copies: int) -> Callable[[int], Call]:
+    codes, scales, kind = _dense_int4(n, k, copies)
+    bf16 = torch.bfloat16
+    weights = [torch.ops._C.machete_prepack_B(c.t(), bf16, kind, bf16) for c in codes]
+
+    def tokens(m: int) -> Call:
+        x = torch.randn(m, k, dtype=bf16, device="cuda")
+        return lambda i: torch.ops._C.machete_mm(x, weights[i], kind, None, scales, None, 128, None, None, None)
+
+    return tokens
+
+
 def cusparselt_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
     """The library's fastest algorithm for each m; it has no per-token scale, so it does a little less work."""
     dense = torch.randn(n, k, dtype=torch.bfloat16, device="cuda").unflatten(1, (-1, 4))
@@ -146,6 +200,9 @@ ROWS: tuple[Row, ...] = (
     Row("torch-fp8", "fp8", "cuda", 8, torch_fp8),
     Row("vllm-fp8", "fp8", "cuda", 8, vllm_fp8),
     Row("cusparselt", "fp8", "cuda", 5, cusparselt_fp8),
+    Row("vllm-sparse", "w4a16", "cuda", 3.125, sparse_w4a16),
+    Row("vllm-marlin", "w4a16", "cuda", 4.125, vllm_marlin),
+    Row("vllm-machete", "w4a16", "cuda", 4.125, vllm_machete),
 )
 
 

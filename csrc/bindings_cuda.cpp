@@ -43,9 +43,9 @@ void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_
     check("fp8_linear", vllm_sparse::fp8::linear(arguments, configuration, programmatic, at<void>(stream)));
 }
 
-void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m, int n, int k,
-                  int group_size, bool bf16, int kernel, int slices, int device, int sm_count, int capability, bool overlap,
-                  Pointer stream) {
+void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m,
+                  int n, int k, int group_size, bool bf16, int kernel, int slices, int device, int sm_count,
+                  int capability, bool overlap, Pointer stream) {
     const vllm_sparse::W4A16Problem problem{at<const void>(x),
                                             at<const void>(weight),
                                             at<const float>(channel_scale),

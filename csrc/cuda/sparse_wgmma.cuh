@@ -1,5 +1,5 @@
-// wgmma.mma_async.sp on sm_90a: D[64, N] += A[64, 64] (2:4, shared memory) * B[64, N] (shared memory), e4m3 in, f32 out.
-// One overload per N; the register lists are the instruction's own and cannot be shorter.
+// wgmma.mma_async.sp on sm_90a: D[64, N] += A[64, 64] (2:4, shared memory) * B[64, N] (shared memory), e4m3 in, f32
+// out. One overload per N; the register lists are the instruction's own and cannot be shorter.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ __device__ __forceinline__ uint64_t swizzled_128_descriptor(uint32_t address) {
     return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-#define VLLM_SPARSE_D8(i)                                                                                     \
+#define VLLM_SPARSE_D8(i)                                                                                       \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define VLLM_SPARSE_D32(i) VLLM_SPARSE_D8(i), VLLM_SPARSE_D8(i + 8), VLLM_SPARSE_D8(i + 16), VLLM_SPARSE_D8(i + 24)

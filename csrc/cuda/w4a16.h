@@ -1,5 +1,6 @@
-// W4A16 2:4 sparse linear layers: y[m, n] = x[m, k] * W[n, k]^T (+ bias), W in the packed form of docs/kernels-w4a16.md.
-// No torch here: raw device pointers, sizes and a stream. Every function returns nullptr, or one sentence saying what failed.
+// W4A16 2:4 sparse linear layers: y[m, n] = x[m, k] * W[n, k]^T (+ bias), W in the packed form of
+// docs/kernels-w4a16.md. No torch here: raw device pointers, sizes and a stream. Every function returns nullptr, or one
+// sentence saying what failed.
 #pragma once
 
 #include <cuda_runtime_api.h>

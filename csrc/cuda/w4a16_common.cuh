@@ -50,7 +50,8 @@ __device__ __forceinline__ int share_begin(int block, const Params& p) {
 }
 
 __device__ __forceinline__ int share_of(int step, const Params& p) {
-    return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) / (static_cast<int64_t>(p.tiles) * p.steps));
+    return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) /
+                            (static_cast<int64_t>(p.tiles) * p.steps));
 }
 
 struct StreamK {
@@ -72,7 +73,8 @@ struct StreamK {
     }
 };
 
-// Sliced: the blocks of a cluster share a tile, each a slice of its steps, and add up through each other's shared memory.
+// Sliced: the blocks of a cluster share a tile, each a slice of its steps, and add up through each other's shared
+// memory.
 struct Sliced {
     int tile, begin, end;
 
@@ -89,8 +91,9 @@ struct Sliced {
 // Follows the packed weights and the tokens of consecutive steps of one tile.
 template <int kGroups, int kBlocks, int kTokens>
 struct Walk {
-    const uint8_t* weight;  // kBlocks row blocks (fewer at the last rows) of this step: contiguous, since panels hold whole tiles
-    int64_t stride;         // bytes to the next step's
+    const uint8_t*
+        weight;  // kBlocks row blocks (fewer at the last rows) of this step: contiguous, since panels hold whole tiles
+    int64_t stride;  // bytes to the next step's
     int bytes;
     int column;  // first column
     int token;   // first token
@@ -100,7 +103,8 @@ struct Walk {
         const int total = p.n / kRowBlock, first = row_tile * kBlocks;
         const int panel = first / kPanelBlocks * kPanelBlocks;
         const int panel_blocks = min(kPanelBlocks, total - panel);
-        const int64_t block = static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step) * panel_blocks + (first - panel);
+        const int64_t block =
+            static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step) * panel_blocks + (first - panel);
         weight = p.weight + block * kBlockBytes<kGroups>;
         stride = static_cast<int64_t>(panel_blocks) * kBlockBytes<kGroups>;
         bytes = min(kBlocks, total - first) * kBlockBytes<kGroups>;
@@ -154,9 +158,9 @@ __device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __nv_bf
 }
 
 __device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __half) {
-    const auto low_bias = bit_cast<__half2>(0x64086408u);     // 1024 + 8
-    const auto sixteenth = bit_cast<__half2>(0x2c002c00u);    // 1 / 16
-    const auto high_bias = bit_cast<__half2>(0xd480d480u);    // -(64 + 8)
+    const auto low_bias = bit_cast<__half2>(0x64086408u);   // 1024 + 8
+    const auto sixteenth = bit_cast<__half2>(0x2c002c00u);  // 1 / 16
+    const auto high_bias = bit_cast<__half2>(0xd480d480u);  // -(64 + 8)
 #pragma unroll
     for (int r = 0; r < 4; r += 2) {
         const uint32_t shifted = codes >> (4 * r);
@@ -181,7 +185,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 
-// ---- synchronisation and copies --------------------------------------------------------------------------------------
+// ---- synchronisation and copies
+// --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -244,21 +249,24 @@ __device__ __forceinline__ uint64_t evict_last() {
 
 __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
         "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
 }
 
-__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int column, int token, uint32_t barrier,
-                                            uint64_t policy) {
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int column, int token,
+                                            uint32_t barrier, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+        "{%2, %3}], "
         "[%4], %5;" ::"r"(to),
         "l"(map), "r"(column), "r"(token), "r"(barrier), "l"(policy)
         : "memory");
 }
 
-// Programmatic dependent launch: the next kernel may start (its weights do not depend on us); wait for the previous one.
+// Programmatic dependent launch: the next kernel may start (its weights do not depend on us); wait for the previous
+// one.
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -271,9 +279,9 @@ __device__ __forceinline__ void init_barriers(uint32_t shared, int consumer_warp
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Copy what the block's work needs, as stages become free: producer 0 the weights, 1 and 2 the halves of the tokens, since
-// one thread issuing all three is slower than the memory. `after_tile` runs when a tile's copies are issued. Weights do not
-// depend on the previous kernel, so the first of them are asked for before waiting for it.
+// Copy what the block's work needs, as stages become free: producer 0 the weights, 1 and 2 the halves of the tokens,
+// since one thread issuing all three is slower than the memory. `after_tile` runs when a tile's copies are issued.
+// Weights do not depend on the previous kernel, so the first of them are asked for before waiting for it.
 template <typename S, typename Work, int kGroups, int kBlocks, int kTokens, typename AfterTile>
 __device__ __forceinline__ void produce(const Params& p, const CUtensorMap* token_map, uint32_t shared, int producer,
                                         AfterTile after_tile) {
@@ -304,7 +312,8 @@ __device__ __forceinline__ void produce(const Params& p, const CUtensorMap* toke
 }
 #endif
 
-// ---- epilogue --------------------------------------------------------------------------------------------------------
+// ---- epilogue
+// --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t fragment) {
     uint32_t result;
@@ -312,20 +321,24 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t fragment) {
     return result;
 }
 
-// Where a thread's accumulators lie: acc[i][j][..] belongs to row block `first + i * stride` and tokens 8 j ... 8 j + 7.
+// Where a thread's accumulators lie: acc[i][j][..] belongs to row block `first + i * stride` and tokens 8 j ... 8 j
+// + 7.
 struct Rows {
     int first, stride;
 };
 
-// One MMA tile of 16 rows from `row` and 8 tokens from `token0`: c holds rows g, g + 8 (lane / 4) of tokens 2 t, 2 t + 1.
+// One MMA tile of 16 rows from `row` and 8 tokens from `token0`: c holds rows g, g + 8 (lane / 4) of tokens 2 t, 2 t
+// + 1.
 template <typename T>
-__device__ __forceinline__ void store_unit(const Params& p, const float (&c)[4], int row, int token0, float2 scale, float2 bias) {
+__device__ __forceinline__ void store_unit(const Params& p, const float (&c)[4], int row, int token0, float2 scale,
+                                           float2 bias) {
     const int lane = threadIdx.x % 32;
     const uint32_t low = transpose_8x8(pack(c[0] * scale.x + bias.x, c[1] * scale.x + bias.x, T()));
     const uint32_t high = transpose_8x8(pack(c[2] * scale.y + bias.y, c[3] * scale.y + bias.y, T()));
     const int token = token0 + lane / 4;
     if (token < p.m) {
-        uint32_t* y = reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row) + lane % 4;
+        uint32_t* y =
+            reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row) + lane % 4;
         y[0] = low;
         y[4] = high;
     }
@@ -345,7 +358,8 @@ __device__ __forceinline__ float2 load_bias(const Params& p, int row) {
 }
 
 template <typename T, int kI, int kJ>
-__device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], int block0, Rows rows, int token0) {
+__device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], int block0, Rows rows,
+                                           int token0) {
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
         const int row = (block0 + rows.first + i * rows.stride) * kRowBlock;
@@ -359,28 +373,31 @@ __device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ]
     }
 }
 
-// Finish the part [begin, end) of `tile`: store it if it is whole, else leave it in the workspace, and let the last block
-// of the tile add the parts up. kThreads threads take part, `thread` numbers them, `last` is a shared word.
+// Finish the part [begin, end) of `tile`: store it if it is whole, else leave it in the workspace, and let the last
+// block of the tile add the parts up. kThreads threads take part, `thread` numbers them, `last` is a shared word.
 template <typename T, int kThreads, int kI, int kJ>
-__device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ][4], int tile, int begin, int end, int block0,
-                                            Rows rows, int token0, int thread, int* last) {
+__device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ][4], int tile, int begin, int end,
+                                            int block0, Rows rows, int token0, int thread, int* last) {
     if (begin == 0 && end == p.steps) {
         store_tile<T>(p, acc, block0, rows, token0);
         return;
     }
     constexpr int kSlot = kI * kJ * kThreads;  // float4 per part
     const int first = share_of(tile * p.steps, p), final = share_of((tile + 1) * p.steps - 1, p);
-    // A block leaves at most two parts: number 0 of a tile begun before its share, number 1 of a tile that ends after it.
+    // A block leaves at most two parts: number 0 of a tile begun before its share, number 1 of a tile that ends after
+    // it.
     const auto slot = [&](int block) {
-        return reinterpret_cast<float4*>(p.partials) + static_cast<int64_t>(2 * block + (block == first)) * kSlot + thread;
+        return reinterpret_cast<float4*>(p.partials) + static_cast<int64_t>(2 * block + (block == first)) * kSlot +
+               thread;
     };
-    const int tokens = p.m - token0 - 2 * (threadIdx.x % 4);  // this thread's columns of tile j exist while 8 j < tokens
+    const int tokens =
+        p.m - token0 - 2 * (threadIdx.x % 4);  // this thread's columns of tile j exist while 8 j < tokens
     float4* mine = slot(blockIdx.x);
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
 #pragma unroll
         for (int j = 0; j < kJ; ++j) {
-            const float(&c)[4] = acc[i][j];
+            const float (&c)[4] = acc[i][j];
             if (8 * j < tokens) __stcg(mine + (i * kJ + j) * kThreads, make_float4(c[0], c[1], c[2], c[3]));
         }
     }
@@ -399,7 +416,7 @@ __device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ
 #pragma unroll
         for (int j = 0; j < kJ; ++j) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.f;
     }
-#pragma unroll(kI * kJ >= 8 ? 1 : 4)
+#pragma unroll(kI* kJ >= 8 ? 1 : 4)
     for (int block = first; block <= final; ++block) {
         const float4* parts = slot(block);
 #pragma unroll
@@ -417,7 +434,8 @@ __device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ
     store_tile<T>(p, acc, block0, rows, token0);
 }
 
-// ---- host ------------------------------------------------------------------------------------------------------------
+// ---- host
+// ------------------------------------------------------------------------------------------------------------
 
 inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_tokens) {
     Params p;
@@ -436,17 +454,19 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     return p;
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
+                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 // The driver's function, found at run time so that the library needs no libcuda to link.
 inline EncodeTiled encode_tiled() {
     static const EncodeTiled function = [] {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result;
-        const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found) : nullptr;
+        const auto error =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
+                                                                             : nullptr;
     }();
     return function;
 }
@@ -473,8 +493,8 @@ struct Launch {
     int blocks, cluster;
 };
 
-inline const char* launch(const Launch& how, Params p, const W4A16Problem& problem, const W4A16Device& device, int tile_tokens,
-                          cudaStream_t stream) {
+inline const char* launch(const Launch& how, Params p, const W4A16Problem& problem, const W4A16Device& device,
+                          int tile_tokens, cudaStream_t stream) {
     CUtensorMap token_map{};
     if (device.capability >= 90) {
         const char* error = describe_tokens(problem, tile_tokens, &token_map);

@@ -20,10 +20,8 @@ constexpr Choice kHopper[] = {{8, W4A16Kernel::kWgmma8},
                               {INT_MAX, W4A16Kernel::kWgmma128}};
 
 // Everywhere else mma.sp; 64 tokens are the most whose sums fit the registers.
-constexpr Choice kPortable[] = {{8, W4A16Kernel::kMma8},
-                                {16, W4A16Kernel::kMma16},
-                                {32, W4A16Kernel::kMma32},
-                                {INT_MAX, W4A16Kernel::kMma64}};
+constexpr Choice kPortable[] = {
+    {8, W4A16Kernel::kMma8}, {16, W4A16Kernel::kMma16}, {32, W4A16Kernel::kMma32}, {INT_MAX, W4A16Kernel::kMma64}};
 
 template <int kRows>
 W4A16Kernel choose(const Choice (&table)[kRows], int tokens) {
@@ -34,7 +32,7 @@ W4A16Kernel choose(const Choice (&table)[kRows], int tokens) {
 }
 
 class DeviceGuard {
-   public:
+ public:
     explicit DeviceGuard(int device) : changed_(cudaGetDevice(&before_) == cudaSuccess && before_ != device) {
         if (changed_) cudaSetDevice(device);
     }
@@ -42,7 +40,7 @@ class DeviceGuard {
         if (changed_) cudaSetDevice(before_);
     }
 
-   private:
+ private:
     int before_ = 0;
     bool changed_;
 };

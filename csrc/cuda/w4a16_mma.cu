@@ -1,6 +1,6 @@
-// W4A16 2:4 sparse linear, mma.sp on any NVIDIA GPU since Ampere: weights are the sparse operand (16 output rows), tokens
-// the dense one (8 columns). Made for few tokens, where the time is that of reading the weights once: whole steps of
-// weights travel as one bulk copy each (sm_90 and later) or as cp.async (before), several of them in flight.
+// W4A16 2:4 sparse linear, mma.sp on any NVIDIA GPU since Ampere: weights are the sparse operand (16 output rows),
+// tokens the dense one (8 columns). Made for few tokens, where the time is that of reading the weights once: whole
+// steps of weights travel as one bulk copy each (sm_90 and later) or as cp.async (before), several of them in flight.
 #include "w4a16_common.cuh"
 
 namespace vllm_sparse::w4a16 {
@@ -26,12 +26,12 @@ struct Config {
 
 template <typename T, int kSelector>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t positions) {
-#define VLLM_SPARSE_MMA(type)                                                                                         \
-    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                          \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;"           \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(positions), \
-                   "n"(kSelector))
+#define VLLM_SPARSE_MMA(type)                                                                               \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),  \
+                   "r"(positions), "n"(kSelector))
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         VLLM_SPARSE_MMA("bf16");
     } else {
@@ -49,7 +49,8 @@ __device__ __forceinline__ void load_tokens(uint32_t (&b)[4], uint32_t address) 
 
 // acc += weights of one step * tokens. `units`: how many of the step's four 32-column units lie inside k.
 template <typename T, typename C>
-__device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], const char* weights, uint32_t tokens, int units) {
+__device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], const char* weights, uint32_t tokens,
+                                              int units) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr int kUnitsPerGroup = C::kGroups == 0 ? kUnits : kUnits / C::kGroups;
     const uint32_t token_row = tokens + lane % 8 * 128;
@@ -70,7 +71,8 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
             uint32_t b[C::kJ][4];
 #pragma unroll
             for (int j = 0; j < C::kJ; ++j) {
-                const int piece = (unit % 2 * 4 + lane / 8) ^ lane % 8;  // 16-byte pieces, as the copy engine swizzles them
+                const int piece =
+                    (unit % 2 * 4 + lane / 8) ^ lane % 8;  // 16-byte pieces, as the copy engine swizzles them
                 load_tokens(b[j], token_row + unit / 2 * (C::kTokenBytes / 2) + 8 * j * 128 + piece * 16);
             }
 #pragma unroll
@@ -81,7 +83,7 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
                 decode(words[unit], a, T());
 #pragma unroll
                 for (int j = 0; j < C::kJ; ++j) {
-                    float(&d)[4] = C::kGroups == 0 ? acc[i][j] : part[i][j];
+                    float (&d)[4] = C::kGroups == 0 ? acc[i][j] : part[i][j];
                     if (unit % 2 == 0) {
                         mma<T, 0>(d, a, b[j], position);
                     } else {
@@ -93,8 +95,10 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
         if constexpr (C::kGroups > 0) {
 #pragma unroll
             for (int i = 0; i < C::kI; ++i) {
-                const char* scales = weights + (warp * C::kI + i) * kBlockBytes<C::kGroups> + kCodeBytes + kPositionBytes;
-                const float2 scale = unpack(reinterpret_cast<const uint32_t*>(scales)[lane / 4 * C::kGroups + group], T());
+                const char* scales =
+                    weights + (warp * C::kI + i) * kBlockBytes<C::kGroups> + kCodeBytes + kPositionBytes;
+                const float2 scale =
+                    unpack(reinterpret_cast<const uint32_t*>(scales)[lane / 4 * C::kGroups + group], T());
 #pragma unroll
                 for (int j = 0; j < C::kJ; ++j) {
                     acc[i][j][0] += scale.x * part[i][j][0], acc[i][j][1] += scale.x * part[i][j][1];
@@ -105,7 +109,8 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
     }
 }
 
-// Run the block's work. `ready(i, stage)` waits until the block's i-th step is in its stage, `release` gives the stage back.
+// Run the block's work. `ready(i, stage)` waits until the block's i-th step is in its stage, `release` gives the stage
+// back.
 template <typename T, typename C, typename Ready, typename Release>
 __device__ __forceinline__ void consume(const Params& p, char* shared, Ready ready, Release release) {
     float acc[C::kI][C::kJ][4];
@@ -119,21 +124,23 @@ __device__ __forceinline__ void consume(const Params& p, char* shared, Ready rea
         for (int step = work.begin; step < work.end; ++step, ++index) {
             ready(index, stage);
             const char* weights = shared + C::Memory::kWeights + stage * C::kWeightBytes;
-            multiply_step<T, C>(acc, weights, shared_address(shared + stage * C::kTokenBytes), (p.k - step * kStep) / 32);
+            multiply_step<T, C>(acc, weights, shared_address(shared + stage * C::kTokenBytes),
+                                (p.k - step * kStep) / 32);
             release(index, stage);
             stage = stage + 1 == C::kStages ? 0 : stage + 1;
         }
         const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
         const Rows rows{static_cast<int>(threadIdx.x) / 32 * C::kI, 1};
-        finish_tile<T, C::kThreads>(p, acc, work.tile, work.begin, work.end, row_tile * C::kBlocks, rows, token0, threadIdx.x,
-                                    reinterpret_cast<int*>(shared + C::Memory::kLast));
+        finish_tile<T, C::kThreads>(p, acc, work.tile, work.begin, work.end, row_tile * C::kBlocks, rows, token0,
+                                    threadIdx.x, reinterpret_cast<int*>(shared + C::Memory::kLast));
     }
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 template <typename T, typename C>
-__global__ __launch_bounds__(C::kThreads + 32 * kProducers) void w4a16_mma_kernel(const __grid_constant__ Params p,
-                                                                     const __grid_constant__ CUtensorMap token_map) {
+__global__ __launch_bounds__(C::kThreads +
+                             32 * kProducers) void w4a16_mma_kernel(const __grid_constant__ Params p,
+                                                                    const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
@@ -143,7 +150,8 @@ __global__ __launch_bounds__(C::kThreads + 32 * kProducers) void w4a16_mma_kerne
     __syncthreads();
     if (threadIdx.x >= C::kThreads) {
         if (threadIdx.x % 32 == 0) {
-            produce<S, StreamK, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address, (threadIdx.x - C::kThreads) / 32, [] {});
+            produce<S, StreamK, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address,
+                                                                    (threadIdx.x - C::kThreads) / 32, [] {});
         }
         return;
     }
@@ -162,7 +170,8 @@ __device__ __forceinline__ void copy_16(uint32_t to, const void* from) {
 }
 
 template <typename T, typename C>
-__global__ __launch_bounds__(C::kThreads) void w4a16_mma_kernel(const __grid_constant__ Params p, const __grid_constant__ CUtensorMap) {
+__global__ __launch_bounds__(C::kThreads, 1) void w4a16_mma_kernel(const __grid_constant__ Params p,
+                                                                   const __grid_constant__ CUtensorMap) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     const uint32_t address = shared_address(shared);
@@ -177,7 +186,8 @@ __global__ __launch_bounds__(C::kThreads) void w4a16_mma_kernel(const __grid_con
             for (int i = threadIdx.x; i < tokens * (kStep / 8); i += C::kThreads) {
                 const int token = i / (kStep / 8), piece = i % (kStep / 8);
                 const uint32_t to = piece / 8 * (C::kTokenBytes / 2) + token * 128 + ((piece ^ token) % 8) * 16;
-                const uint8_t* from = p.x + 2 * (static_cast<int64_t>(walk.token + token) * p.k + walk.column + 8 * piece);
+                const uint8_t* from =
+                    p.x + 2 * (static_cast<int64_t>(walk.token + token) * p.k + walk.column + 8 * piece);
                 if (piece < pieces) copy_16(address + stage * C::kTokenBytes + to, from);
             }
             walk.next();
@@ -224,7 +234,8 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
         case W4A16Kernel::kMma32:
             return run<T, Config<kGroups, 2, 4, 8>>(problem, device, stream);
         case W4A16Kernel::kMma64:
-            return run<T, Config<kGroups, 2, 8, 4>>(problem, device, stream);
+            // With four groups a step, twice the row blocks per warp do not fit the registers.
+            return run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device, stream);
         default:
             return "w4a16_mma: not a kernel of this file";
     }

@@ -1,6 +1,6 @@
-// W4A16 2:4 sparse linear on Hopper's wgmma.sp (sm_90a): the sparse weights are dequantized in registers, the tokens come
-// from shared memory. Two consumer warpgroups of 128 rows each; while the tensor cores work on one 64-row half of a
-// warpgroup's step, the warpgroup dequantizes the other.
+// W4A16 2:4 sparse linear on Hopper's wgmma.sp (sm_90a): the sparse weights are dequantized in registers, the tokens
+// come from shared memory. Two consumer warpgroups of 128 rows each; while the tensor cores work on one 64-row half of
+// a warpgroup's step, the warpgroup dequantizes the other.
 #include "w4a16_common.cuh"
 
 namespace vllm_sparse::w4a16 {
@@ -13,13 +13,15 @@ struct Config {
     static constexpr int kGroups = kGroups_;
     static constexpr int kTokens = kTokens_;
     static constexpr int kStages = kStages_;
-    // 64-row halves per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2: two
-    // warpgroups of more registers, which many tokens need, each dequantizing one half while the other is multiplied.
+    // 64-row halves per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2:
+    // two warpgroups of more registers, which many tokens need, each dequantizing one half while the other is
+    // multiplied.
     static constexpr int kHalves = kHalves_;
     static constexpr int kBlocks = kPanelBlocks;
     static constexpr int kWarps = kBlocks / kHalves;
     static constexpr int kConsumers = 32 * kWarps;
-    static constexpr int kThreads = kConsumers + 128;  // a whole warpgroup copies, so that its registers can go to the consumers
+    static constexpr int kThreads =
+        kConsumers + 128;  // a whole warpgroup copies, so that its registers can go to the consumers
     static constexpr int kRegisters = kHalves == 1 ? 112 : 240;
     static constexpr int kTokenBytes = 2 * kTokens * kStep;  // two halves of 64 columns, rows of 128 swizzled bytes
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
@@ -54,33 +56,38 @@ __device__ __forceinline__ void wgmma_wait() {
 template <int kJ>
 __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 #pragma unroll
-    for (int j = 0; j < kJ; ++j) asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
+    for (int j = 0; j < kJ; ++j)
+        asm volatile("" : "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])::"memory");
 }
 
 #define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define D8(j) D4(j), D4(j + 1)
 #define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
-#define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                   \
-    asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P ", 0;\n"             \
-                 "mov.b64 tokens, {%" #B ", 0x40000040};\n"                                                     \
-                 "wgmma.mma_async.sp.sync.aligned.m64n" shape "k32.f32." type "." type " {" registers "}, " A   \
-                 ", tokens, %" #E ", %" #S ", accumulate, 1, 1, 0;\n}"                                         \
-                 : outputs                                                                                      \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),     \
+#define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                 \
+    asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P                 \
+                 ", 0;\n"                                                                                     \
+                 "mov.b64 tokens, {%" #B                                                                      \
+                 ", 0x40000040};\n"                                                                           \
+                 "wgmma.mma_async.sp.sync.aligned.m64n" shape "k32.f32." type "." type " {" registers "}, " A \
+                 ", tokens, %" #E ", %" #S ", accumulate, 1, 1, 0;\n}"                                        \
+                 : outputs                                                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),   \
                    "r"(accumulate))
 #define REGISTERS_4 "%0, %1, %2, %3"
 #define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
 #define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_64                                                                                    \
-    REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"      \
-                 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_64                                                                   \
+    REGISTERS_32                                                                       \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_8(type) WGMMA("8", type, REGISTERS_4, D4(0), "{%4, %5, %6, %7}", 8, 9, 10, 11)
 #define WGMMA_16(type) WGMMA("16", type, REGISTERS_8, D8(0), "{%8, %9, %10, %11}", 12, 13, 14, 15)
 #define WGMMA_32(type) WGMMA("32", type, REGISTERS_16, D16(0), "{%16, %17, %18, %19}", 20, 21, 22, 23)
 #define WGMMA_64(type) WGMMA("64", type, REGISTERS_32, D16(0) COMMA D16(4), "{%32, %33, %34, %35}", 36, 37, 38, 39)
-#define WGMMA_128(type) \
-    WGMMA("128", type, REGISTERS_64, D16(0) COMMA D16(4) COMMA D16(8) COMMA D16(12), "{%64, %65, %66, %67}", 68, 69, 70, 71)
+#define WGMMA_128(type)                                                                                              \
+    WGMMA("128", type, REGISTERS_64, D16(0) COMMA D16(4) COMMA D16(8) COMMA D16(12), "{%64, %65, %66, %67}", 68, 69, \
+          70, 71)
 #define COMMA ,
 
 // d[64 rows][tokens] = a (2:4, k = 32) * tokens (+ d). kSelector: which thread pair of a quad holds the positions.
@@ -101,18 +108,17 @@ __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4],
     if constexpr (kJ == 16 && !kBf16) WGMMA_128("f16");
 }
 
-// Low word of the matrix descriptor of [tokens][64] 16-bit values in rows of 128 bytes with the 128-byte swizzle. The high
-// word, 0x40000040, says swizzle (1 << 30) and 1024 bytes per 8 rows (64 << 0, in units of 16).
+// Low word of the matrix descriptor of [tokens][64] 16-bit values in rows of 128 bytes with the 128-byte swizzle. The
+// high word, 0x40000040, says swizzle (1 << 30) and 1024 bytes per 8 rows (64 << 0, in units of 16).
 __device__ __forceinline__ uint32_t token_descriptor(uint32_t address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
 
-// wgmma may read the positions' registers while it runs, but the compiler takes them for free once it is issued. A store
-// that never happens (`never` is false) after the wait keeps them; only then are the next positions loaded.
+// wgmma may read the positions' registers while it runs, but the compiler takes them for free once it is issued. A
+// store that never happens (`never` is false) after the wait keeps them; only then are the next positions loaded.
 __device__ __forceinline__ void keep(uint2 positions, bool never, uint32_t address) {
-#ifndef NOGUARD
-    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.shared.v2.b32 [%1], {%2, %3};\n}" ::"r"(static_cast<int>(never)),
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %0, 0;\n@p st.shared.v2.b32 [%1], {%2, %3};\n}" ::"r"(
+                     static_cast<int>(never)),
                  "r"(address), "r"(positions.x), "r"(positions.y)
                  : "memory");
-#endif
 }
 
 __device__ __forceinline__ uint2 load_positions(uint32_t address) {
@@ -128,7 +134,8 @@ struct Block {
 
     __device__ __forceinline__ Block(const char* from, int lane) {
         codes = reinterpret_cast<const uint4*>(from)[lane];
-        const uint32_t* scale = reinterpret_cast<const uint32_t*>(from + kCodeBytes + kPositionBytes) + lane / 4 * C::kGroups;
+        const uint32_t* scale =
+            reinterpret_cast<const uint32_t*>(from + kCodeBytes + kPositionBytes) + lane / 4 * C::kGroups;
 #pragma unroll
         for (int group = 0; group < C::kGroups; ++group) scales[group] = scale[group];
     }
@@ -143,7 +150,8 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
         if constexpr (C::kGroups > 0 && !C::kScaleSums) {
             using Two = typename Pair<T>::type;
             const uint32_t both = block.scales[unit * C::kGroups / kUnits];
-            const Two low = bit_cast<Two>(__byte_perm(both, 0, 0x1010)), high = bit_cast<Two>(__byte_perm(both, 0, 0x3232));
+            const Two low = bit_cast<Two>(__byte_perm(both, 0, 0x1010)),
+                      high = bit_cast<Two>(__byte_perm(both, 0, 0x3232));
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
                 a[unit][r] = bit_cast<uint32_t>(__hmul2(bit_cast<Two>(a[unit][r]), r % 2 == 0 ? low : high));
@@ -179,10 +187,11 @@ __device__ __forceinline__ void store_remote(uint32_t address, int rank, const f
         : "memory");
 }
 
-// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("units"), in
-// the order of the slices.
+// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("units"),
+// in the order of the slices.
 template <typename T, typename C>
-__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHalves][C::kJ][4], char* shared, int row_tile, int token0) {
+__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHalves][C::kJ][4], char* shared,
+                                           int row_tile, int token0) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % p.slices;
     const int share = (C::kUnits + p.slices - 1) / p.slices, reciprocal = 65536 / share + 1;
     const int tokens = p.m - token0;
@@ -199,7 +208,8 @@ __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHal
     }
     cluster_barrier();
     for (int local = warp; local < share && rank * share + local < C::kUnits; local += C::kWarps) {
-        const int unit = rank * share + local, tile = unit / C::kWarps, i = tile / C::kJ, j = tile % C::kJ, owner = unit % C::kWarps;
+        const int unit = rank * share + local, tile = unit / C::kWarps, i = tile / C::kJ, j = tile % C::kJ,
+                  owner = unit % C::kWarps;
         const int row = (row_tile * C::kBlocks + owner / 4 * 4 * C::kHalves + owner % 4 + 4 * i) * kRowBlock;
         if (8 * j >= tokens || row >= p.n) continue;
         float c[4] = {};
@@ -217,7 +227,7 @@ __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHal
 
 template <typename T, typename C>
 __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __grid_constant__ Params p,
-                                                                                   const __grid_constant__ CUtensorMap token_map) {
+                                                                     const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
@@ -254,7 +264,8 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
 #pragma unroll
             for (int half = 0; half < C::kHalves; ++half) {
 #pragma unroll
-                for (int j = 0; j < C::kJ; ++j) sum[half][j][0] = sum[half][j][1] = sum[half][j][2] = sum[half][j][3] = 0.f;
+                for (int j = 0; j < C::kJ; ++j)
+                    sum[half][j][0] = sum[half][j][1] = sum[half][j][2] = sum[half][j][3] = 0.f;
             }
         }
         for (int step = work.begin; step < work.end; ++step) {
@@ -267,7 +278,8 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
                 const Block<C> block(packed, lane);
                 wgmma_wait<C::kHalves - 1>();  // the oldest group in flight read a[half] and positions[half]
                 keep(positions[half], never, address);
-                if (half == C::kHalves - 1 && previous >= 0 && lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
+                if (half == C::kHalves - 1 && previous >= 0 && lane == 0)
+                    barrier_arrive(address + S::kEmpty + 8 * previous);
                 positions[half] = load_positions(shared_address(packed) + kCodeBytes + 8 * lane);
                 pin(acc[half]);
                 if constexpr (C::kScaleSums) {
@@ -347,7 +359,8 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     for (int slices = 1; slices <= kMaxSlices && slices <= p.steps; ++slices) {
         if (problem.slices != 0 && problem.slices != slices) continue;
         const int rounds = (p.tiles + clusters(slices) - 1) / clusters(slices);
-        const int64_t time = static_cast<int64_t>(rounds) * ((p.steps + slices - 1) / slices * C::kStepTime + (slices > 1) * C::kSumTime);
+        const int64_t time = static_cast<int64_t>(rounds) *
+                             ((p.steps + slices - 1) / slices * C::kStepTime + (slices > 1) * C::kSumTime);
         if (time < best) best = time, p.slices = slices;
     }
     const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,
@@ -368,8 +381,6 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
             return run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
         case W4A16Kernel::kWgmma128:
             return run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
-        case W4A16Kernel(9):
-            return run<T, Config<kGroups, 64, 5, 1>>(problem, device, stream);
         default:
             return "w4a16_wgmma: not a kernel of this file";
     }
