@@ -1,6 +1,6 @@
 """One linear layer on the CPU: the 2:4 kernels against torch and vLLM's dense ones, in one process.
 
-    python benchmarks/linear_cpu.py --model llama-3.2-1b --tokens 1 16 512 --json out.json
+    python -m benchmarks.linear_cpu --models Llama-3.2-1B --tokens 1 16 512 --out out.json
 
 Weights are copied until they exceed the last-level cache several times and the copies take turns, so every call reads
 its weight from memory. Peers take turns too, window by window; a kernel's time is its best window, because on a
@@ -12,23 +12,27 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.shapes import MODELS as SHAPES
 from vllm_sparse.kernels import cpu
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight, pack_nibbles
 
 MODELS = {
-    "llama-3.2-1b": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
-    "llama-3.1-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
+    "Llama-3.2-1B": {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)},
+    "Llama-3.1-8B": SHAPES["Llama-3.1-8B"],
 }
 GROUP_SIZE = 128
 CACHE_BYTES = 128 << 20  # copies of a weight together exceed this
@@ -182,24 +186,40 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {cpu.tier().name}"
 
 
+def summarize(rows: list[dict[str, Any]], model: str) -> None:
+    """Print, per number of tokens, the time of all measured layers of ``model`` and the speed-up over each peer."""
+    times: Counter[tuple[int, str, str]] = Counter()
+    for row in rows:
+        if row["model"] == model:
+            times[row["m"], row["kernel"], row["scheme"]] += row["us"]
+    for (m, kernel, scheme), us in times.items():
+        if kernel == "vllm-sparse":
+            ratios = [
+                f"{peer_us / us:.2f}x {peer}"
+                for (peer_m, peer, _), peer_us in times.items()
+                if peer != kernel and peer_m == m
+            ]
+            print(f"{model} all layers m={m:<4} {scheme:6}{us:10.1f} us  {'  '.join(ratios)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--layer", nargs="+", default=["qkv", "o", "gate_up", "down"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--layers", nargs="+", default=["qkv", "o", "gate_up", "down"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
-    parser.add_argument("--scheme", nargs="+", default=["w4a16", "w4a8", "int8", "bf16", "fp8"])
+    parser.add_argument("--schemes", nargs="+", default=["w4a16", "w4a8", "int8", "bf16", "fp8"])
     parser.add_argument("--no-peers", action="store_true", help="time the 2:4 kernels alone")
     parser.add_argument("--windows", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.05, help="length of a window")
-    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--out", type=Path, help="write the rows here")
     options = parser.parse_args()
     bandwidth = read_bandwidth(options.windows)
     print(f"{machine()}: read-only stream {bandwidth / 1e9:.1f} GB/s")
     rows = []
-    for model in options.model:
-        for layer in options.layer:
+    for model in options.models:
+        for layer in options.layers:
             n, k = MODELS[model][layer]
-            group = list(peers(n, k, options.scheme, not options.no_peers))
+            group = list(peers(n, k, options.schemes, not options.no_peers))
             for m in options.tokens:
                 for peer, seconds in zip(group, measure(group, m, k, options.windows, options.seconds), strict=True):
                     name, rate = f"{peer.kernel:15}{peer.scheme:6}", peer.weight_bytes / seconds
@@ -211,12 +231,15 @@ def main() -> None:
                     )
                     row = {"kernel": peer.kernel, "scheme": peer.scheme, "model": model, "layer": layer}
                     rows.append({**row, "m": m, "n": n, "k": k, "us": round(seconds * 1e6, 2)})
-    if options.json:
+        summarize(rows, model)
+    if options.out:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
+        if not options.no_peers and have_vllm():
+            versions["vllm"] = importlib.import_module("vllm").__version__
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         result = {"machine": machine(), "date": now, "versions": versions, "read_tbps": bandwidth / 1e12, "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ const Tier avx2_tier = {
     nullptr,
     largest_of_row,
     pack_row,
-    finish_row,
+    finish_rows,
 };
 
 }  // namespace vllm_sparse::cpu

@@ -19,7 +19,7 @@ const Tier avx512_tier = {
     nullptr,
     largest_of_row,
     pack_row,
-    finish_row,
+    finish_rows,
 };
 
 }  // namespace vllm_sparse::cpu

@@ -208,22 +208,22 @@ class Pass {
 
     void finish(std::int64_t stripe, const std::uint8_t* sums) const {
         const std::int64_t channel = stripe * kChannels;
-        FinishRow f{};
+        Finish f{};
+        f.sums = sums;
         if (weight_.sums) f.weight_sums = static_cast<const std::uint8_t*>(weight_.sums) + channel * 4;
-        f.integer = weight_.format == Format::int8;
+        f.row_scales = input_.quantize == Quantize::none ? nullptr : scales_;
         f.channel_scales = weight_.channel_scales ? weight_.channel_scales + channel : nullptr;
         if (output_.bias)
             f.bias = static_cast<const std::uint8_t*>(output_.bias) + channel * dtype_bytes(output_.dtype);
+        f.y = static_cast<std::uint8_t*>(output_.y) + channel * dtype_bytes(output_.dtype);
+        f.rows = input_.m;
+        f.stride = weight_.n;
         f.count = static_cast<int>(std::min<std::int64_t>(kChannels, weight_.n - channel));
+        f.factor = weight_.format == Format::w4a8 ? 1.0f / 16 : 1.0f;
         f.offset = tier_.int8_offset;
+        f.integer = weight_.format == Format::int8;
         f.dtype = output_.dtype;
-        for (std::int64_t i = 0; i < input_.m; ++i) {
-            f.sums = sums + i * kChannels * sizeof(float);
-            f.row_scale = input_.quantize == Quantize::none ? 1.0f : scales_[i];
-            if (weight_.format == Format::w4a8) f.row_scale /= 16;
-            f.y = static_cast<std::uint8_t*>(output_.y) + (i * weight_.n + channel) * dtype_bytes(output_.dtype);
-            tier_.finish(f);
-        }
+        tier_.finish(f);
     }
 
     const Tier& tier_;

@@ -71,7 +71,7 @@ const Tier neon_tier = {
     nullptr,
     largest_of_row,
     pack_row,
-    finish_row,
+    finish_rows,
 };
 
 }  // namespace vllm_sparse::cpu

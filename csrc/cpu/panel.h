@@ -79,15 +79,17 @@ struct PackRow {
     int offset;   // added to int8 codes
 };
 
-// One row of a finished block: (sum - offset * weight_sum) * row_scale * channel_scale + bias.
-struct FinishRow {
-    const void* sums;             // [16]
+// A stripe's finished sums for some rows: (sum - offset * weight_sum) * row_scale * channel_scale * factor + bias.
+struct Finish {
+    const void* sums;             // [rows][16]
     const void* weight_sums;      // [16], int32 for Format::int8, float for Format::w4a8, else null
+    const float* row_scales;      // [rows], or null
     const float* channel_scales;  // [16], or null
     const void* bias;             // [count] of dtype, or null
-    void* y;                      // [count]
-    int count;                    // channels of the stripe that exist
-    float row_scale;
+    void* y;                      // [rows][count], rows `stride` elements apart
+    std::int64_t rows, stride;
+    int count;  // channels of the stripe that exist
+    float factor;
     int offset;
     bool integer;  // sums and weight_sums are int32
     Dtype dtype;
@@ -106,7 +108,7 @@ struct Tier {
     const Multiply (*multiply_bf16)[kTiles];  // the same from bf16 activations; null, or null entries: from float ones
     float (*largest)(const void* x, Dtype dtype, std::int64_t k);  // max |x| of a row
     void (*pack)(const PackRow&);
-    void (*finish)(const FinishRow&);
+    void (*finish)(const Finish&);
 };
 
 extern const Tier scalar_tier;

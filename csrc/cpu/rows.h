@@ -161,42 +161,65 @@ float largest_of_row(const void* x, Dtype dtype, std::int64_t k) {
     return largest<Dtype::fp16>(x, k);
 }
 
-inline void add_bias(const FinishRow& f, float* y) {
-    float bias[kChannels];
-    convert(f.dtype, f.bias, 0, f.count, bias);
-    for (int i = 0; i < f.count; ++i) y[i] += bias[i];
+// A loop over a stripe's channels. Not unrolled: gcc would do that before it looks for vectors, and then find none.
+template <class Step>
+inline void each_channel(Step step) {
+#pragma GCC unroll 1
+    for (int i = 0; i < kChannels; ++i) step(i);
 }
 
-void finish_row(const FinishRow& f) {
-    alignas(64) float y[kChannels];
-    if (f.integer) {
-        const std::int32_t* sums = static_cast<const std::int32_t*>(f.sums);
-        const std::int32_t* weight_sums = static_cast<const std::int32_t*>(f.weight_sums);
-        for (int i = 0; i < kChannels; ++i) y[i] = static_cast<float>(sums[i] - f.offset * weight_sums[i]);
+template <Dtype dtype>
+inline void store(const float* y, int count, void* to) {
+    if constexpr (dtype == Dtype::f32) {
+        std::memcpy(to, y, count * sizeof(float));
     } else {
-        std::memcpy(y, f.sums, sizeof y);
+        alignas(64) std::uint16_t halves[kChannels];
+        each_channel([&](int i) { halves[i] = dtype == Dtype::bf16 ? to_bf16(y[i]) : to_fp16(y[i]); });
+        std::memcpy(to, halves, count * sizeof(std::uint16_t));
     }
-    if (f.weight_sums && !f.integer) {
+}
+
+template <Dtype dtype>
+inline void finish(const Finish& f) {
+    alignas(64) float scales[kChannels], bias[kChannels] = {}, offsets[kChannels] = {}, y[kChannels];
+    alignas(64) std::int32_t integer_offsets[kChannels] = {}, integers[kChannels];
+    each_channel([&](int i) { scales[i] = f.channel_scales ? f.channel_scales[i] * f.factor : f.factor; });
+    if (f.bias) convert(dtype, f.bias, 0, f.count, bias);
+    if (f.integer) {
+        const std::int32_t* weight_sums = static_cast<const std::int32_t*>(f.weight_sums);
+        each_channel([&](int i) { integer_offsets[i] = f.offset * weight_sums[i]; });
+    } else if (f.weight_sums) {
         const float* weight_sums = static_cast<const float*>(f.weight_sums);
-        for (int i = 0; i < kChannels; ++i) y[i] -= static_cast<float>(f.offset) * weight_sums[i];
+        each_channel([&](int i) { offsets[i] = static_cast<float>(f.offset) * weight_sums[i]; });
     }
-    for (int i = 0; i < kChannels; ++i) y[i] *= f.row_scale;
-    if (f.channel_scales)
-        for (int i = 0; i < kChannels; ++i) y[i] *= f.channel_scales[i];
-    if (f.bias) add_bias(f, y);
-    alignas(64) std::uint16_t halves[kChannels];
+    const std::uint8_t* sums = static_cast<const std::uint8_t*>(f.sums);
+    std::uint8_t* to = static_cast<std::uint8_t*>(f.y);
+    for (std::int64_t r = 0; r < f.rows; ++r, sums += kLine, to += f.stride * (dtype == Dtype::f32 ? 4 : 2)) {
+        if (f.integer) {
+            std::memcpy(integers, sums, sizeof integers);
+            each_channel([&](int i) { y[i] = static_cast<float>(integers[i] - integer_offsets[i]); });
+        } else {
+            std::memcpy(y, sums, sizeof y);
+            each_channel([&](int i) { y[i] -= offsets[i]; });
+        }
+        const float row_scale = f.row_scales ? f.row_scales[r] : 1.0f;
+        each_channel([&](int i) { y[i] = y[i] * row_scale * scales[i] + bias[i]; });
+        if (f.count == kChannels)
+            store<dtype>(y, kChannels, to);
+        else
+            store<dtype>(y, f.count, to);
+    }
+}
+
+void finish_rows(const Finish& f) {
     switch (f.dtype) {
         case Dtype::f32:
-            std::memcpy(f.y, y, f.count * sizeof(float));
-            return;
+            return finish<Dtype::f32>(f);
         case Dtype::bf16:
-            for (int i = 0; i < kChannels; ++i) halves[i] = to_bf16(y[i]);
-            break;
+            return finish<Dtype::bf16>(f);
         case Dtype::fp16:
-            for (int i = 0; i < kChannels; ++i) halves[i] = to_fp16(y[i]);
-            break;
+            return finish<Dtype::fp16>(f);
     }
-    std::memcpy(f.y, halves, f.count * sizeof(std::uint16_t));
 }
 
 }  // namespace

@@ -69,7 +69,7 @@ const Tier scalar_tier = {
     nullptr,
     largest_of_row,
     pack_row,
-    finish_row,
+    finish_rows,
 };
 
 }  // namespace vllm_sparse::cpu

@@ -26,6 +26,7 @@ class Case:
     group_size: int = -1  # -1: one scale per output feature, 0: per tensor
     symmetric: bool = True
     two_of_four: bool = True
+    weight_only: bool = False  # of the formats that also quantize activations
 
 
 CASES = (
@@ -37,6 +38,7 @@ CASES = (
     Case("legacy-bf16", "sparse-bitmask", 4, 20, 16, torch.bfloat16),
     Case("legacy-bf16-unstructured", "sparse-bitmask", 4, 16, 16, torch.bfloat16, two_of_four=False),
     Case("legacy-int8", "sparse-bitmask", 5, 24, 8),
+    Case("legacy-fp8", "sparse-bitmask", 4, 16, 8, torch.float8_e4m3fn),
     Case("marlin-4bit-channel", "marlin-24", 64, 64, 4),
     Case("marlin-4bit-channel-wide", "marlin-24", 192, 96, 4),
     Case("marlin-8bit-channel", "marlin-24", 128, 32, 8),
@@ -51,6 +53,7 @@ CASES = (
     Case("packed-8bit-g64", "pack-quantized", 5, 128, 8, group_size=64),
     Case("quantized-fp8-channel", "float-quantized", 6, 16, 8, torch.float8_e4m3fn),
     Case("quantized-int8-tensor", "int-quantized", 6, 16, 8, group_size=0),
+    Case("quantized-w8a16-g32", "int-quantized", 6, 64, 8, group_size=32, weight_only=True),
 )
 
 
@@ -108,7 +111,8 @@ def config(case: Case) -> dict:
         "dynamic": False,
     }
     inputs = None
-    if case.format in ("float-quantized", "int-quantized") or (case.bits == 8 and "bitmask" in case.format):
+    activations = case.format in ("float-quantized", "int-quantized") or (case.bits == 8 and "bitmask" in case.format)
+    if activations and not case.weight_only:
         inputs = {"num_bits": 8, "type": weights["type"], "strategy": "token", "dynamic": True, "symmetric": True}
     made: dict = {"quant_method": "compressed-tensors", "ignore": ["lm_head"], "quantization_status": "compressed"}
     if case.bits != 16:

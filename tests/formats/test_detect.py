@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.formats.golden import CASES, config, layer
-from vllm_sparse.errors import FormatError
+from vllm_sparse.errors import FormatError, NotSparseError
 from vllm_sparse.formats import FORMATS, claims, detect, kind_of
 
 CONFIGS = {case.name: config(case) for case in CASES}
@@ -194,3 +194,15 @@ def test_golden_layers_cover_all_zero_patterns():
         groups = (layer(case)["codes"].float().unflatten(1, (-1, 4)) != 0).flatten(0, 1)
         found |= {tuple(group) for group in groups.tolist() if sum(group) <= 2}
     assert len(found) == 11
+
+
+def test_weight_only_int8_is_kept_from_vllm_which_has_nothing_for_it():
+    found = config(next(case for case in CASES if case.weight_only))
+    form = detect(found)
+    assert form.stock_config()["config_groups"] == {}
+    assert detect(compressed(inputs=INPUTS_8)).stock_config() == compressed(inputs=INPUTS_8)
+    tensors = {"weight": torch.ones(4, 32, dtype=torch.int8), "weight_scale": torch.ones(4, 1)}
+    message = "q: 32 of 32 groups of four have more than two non-zeros, .*; vLLM itself does not serve weight-only INT8"
+    with pytest.raises(FormatError, match=message) as raised:
+        form.to_weight("q", tensors)
+    assert not isinstance(raised.value, NotSparseError)

@@ -45,7 +45,7 @@ def scheme_name(case: Case) -> str:
         return "bf16"
     if case.dtype == torch.float8_e4m3fn:
         return "fp8"
-    if case.format in ("marlin-24", "pack-quantized"):
+    if case.format in ("marlin-24", "pack-quantized") or case.weight_only:
         return "w4a16" if case.bits == 4 and case.symmetric else "w8a16"
     return "int8"
 
@@ -75,6 +75,25 @@ def test_what_we_encode_are_the_oracles_bytes(case):
     ours = encode(case, layer(case))
     assert set(ours) == set(tensors)
     assert all(same_bits(ours[name], tensor) for name, tensor in tensors.items())
+
+
+def test_every_format_has_a_golden_file_of_every_scheme_it_can_hold():
+    held: dict[str, set[str]] = {}
+    for case in SPARSE:
+        weight = detect(config(case)).to_weight(MODULE, golden(case)[1])
+        same = torch.equal(weight.to_dense_codes().float(), layer(case)["codes"].float())
+        held.setdefault(case.format, set()).add(scheme_name(case) if same else "WRONG")
+    print(f"\n{'format':18}" + "".join(f"{name:>8}" for name in SCHEMES))
+    for form, schemes in held.items():
+        print(f"{form:18}" + "".join(f"{'exact' if name in schemes else '':>8}" for name in SCHEMES))
+    assert held == {
+        "sparse-24-bitmask": {"bf16", "fp8", "int8"},
+        "sparse-bitmask": {"bf16", "fp8", "int8"},
+        "marlin-24": {"w4a16", "w8a16"},
+        "pack-quantized": {"w4a16", "w8a16"},
+        "float-quantized": {"fp8"},
+        "int-quantized": {"int8", "w8a16"},
+    }
 
 
 def test_what_is_not_two_of_four_is_an_error():

@@ -26,7 +26,7 @@ _GPU = {
     "limit_watts": "power.limit",
     "celsius": "temperature.gpu",
     "utilization": "utilization.gpu",
-    "throttle": "clocks_throttle_reasons.active",
+    "throttle": "clocks_event_reasons.active",
 }
 _STATIC = ("name", "driver", "memory_mib", "sm_max_mhz", "limit_watts")
 # NVML's bits: what slows a GPU below the clock that its work asks for.
@@ -43,8 +43,14 @@ def _command(*words: str) -> str | None:
 
 def gpu_states() -> list[dict[str, Any]]:
     """Return name, memory, clocks, power, temperature and throttle bits of every NVIDIA GPU; empty without one."""
-    answer = _command("nvidia-smi", f"--query-gpu={','.join(_GPU.values())}", "--format=csv,noheader,nounits")
+    fields = ",".join(_GPU.values())
+    # Drivers before 535 call the last field clocks_throttle_reasons, and answer nothing to a name they do not know.
+    answer = _ask_gpus(fields) or _ask_gpus(fields.replace("event_reasons", "throttle_reasons"))
     return [_gpu_state(line) for line in (answer or "").splitlines() if line.strip()]
+
+
+def _ask_gpus(fields: str) -> str | None:
+    return _command("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
 
 
 def _gpu_state(line: str) -> dict[str, Any]:
@@ -102,8 +108,11 @@ def _cpu_times() -> tuple[float, float]:
     return sum(times) - times[3] - times[4], sum(times)
 
 
-def idle_check(seconds: float = 0.2) -> list[str]:
-    """Return one sentence for each thing that keeps this machine busy while nothing of ours runs."""
+def idle_check(seconds: float = 0.2, gpus: bool = False) -> list[str]:
+    """Return one sentence for each thing that keeps this machine busy while nothing of ours runs.
+
+    GPUs tell their use over the last second, so ``gpus`` makes sense only before a measurement's first work.
+    """
     warnings = []
     busy, total = _cpu_times()
     time.sleep(seconds)
@@ -111,7 +120,7 @@ def idle_check(seconds: float = 0.2) -> list[str]:
     share = (busy_after - busy) / max(1.0, total_after - total)
     if share > BUSY:
         warnings.append(f"the machine is busy: {share:.0%} of its cores are used by something else")
-    for index, state in enumerate(gpu_states()):
+    for index, state in enumerate(gpu_states() if gpus else []):
         if (state["utilization"] or 0) > 100 * BUSY:
             warnings.append(f"GPU {index} is busy: {state['utilization']:.0f} % used by something else")
     return warnings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse.bench.machine import gpu_states, idle_check, throttle_check
+from vllm_sparse.bench.machine import gpu_states, throttle_check
 from vllm_sparse.bench.process import Worker
 from vllm_sparse.bench.settings import Settings
 from vllm_sparse.bench.store import Row
@@ -79,15 +79,15 @@ class Engine:
         if (job.suite, job.case.name) not in self._warm:
             self._ask(job, min(_WARM_UP_TOKENS, job.case.output), seed=10_000)
             self._warm.add((job.suite, job.case.name))
-        warnings = idle_check()
+        warnings: set[str] = set()
         seconds, states = [], []
         for sample in range(job.samples):
             answer = self._ask(job, job.case.output, seed=job.round * job.samples + sample)
             seconds.append(answer["seconds"])
             states.append(gpu_states())
-            warnings += throttle_check(states[-1])
+            warnings.update(throttle_check(states[-1]))
         shape = {"requests": job.requests, "prompt": job.case.prompt, "output": job.case.output}
-        return {**job.key, **shape, "seconds": seconds, "gpu": states, "warnings": sorted(set(warnings))}
+        return {**job.key, **shape, "seconds": seconds, "gpu": states, "warnings": sorted(warnings)}
 
     def close(self) -> None:
         """Unload it."""

@@ -81,7 +81,7 @@ def _bars(
     axes.set_ylabel(f"{unit} ({better})")
     axes.margins(y=0.14)
     axes.set_title(f"{suite.capitalize()}, {_machine(summary)}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, ncols=min(4, len(summary.models)), loc="upper center",
+    axes.legend(fontsize=8, frameon=False, ncols=min(5, len(summary.models)), loc="upper center",
                 bbox_to_anchor=(0.5, -0.14))  # fmt: skip
     return _save(figure, out, suite)
 
@@ -91,13 +91,13 @@ def _itl(summary: Summary, out: Path, case: tuple[str, int, int]) -> Path | None
     name, prompt, output = case
     arguments = summary.data["arguments"]
     figure, axes = _axes(7.0)
-    highest = 0.0
+    highest = most = 0.0
     for index, model in enumerate(summary.models):
         for arrival in arguments["arrivals"]:
             points = summary.curve(model, name, arrival)
             if points:
                 qps, itl, _ = zip(*points, strict=True)
-                highest = max(highest, *itl)
+                highest, most = max(highest, *itl), max(most, *qps)
                 axes.plot(qps, itl, _DASHES[arrival], marker="o", markersize=3.5, linewidth=1.4,
                           color=_COLOURS[index % len(_COLOURS)], label=f"{model}, {arrival}")  # fmt: skip
     if not highest:
@@ -109,13 +109,13 @@ def _itl(summary: Summary, out: Path, case: tuple[str, int, int]) -> Path | None
     axes.set_ylim(0, 1.1 * max(highest, limit if limit < 4 * highest else 0))
     if limit < 4 * highest:
         axes.axhline(limit, color="#CC3311", linewidth=1, linestyle=":")
-        axes.annotate(f"SLA {limit:g} ms", (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                      fontsize=8, color="#CC3311")  # fmt: skip
-    axes.set_xlim(left=0)
+        place = {"xycoords": ("axes fraction", "data"), "ha": "left", "va": "bottom"}
+        axes.annotate(f"SLA {limit:g} ms", (0.01, limit), fontsize=8, color="#CC3311", **place)
+    axes.set_xlim(0, 1.05 * most)
     axes.set_xlabel("queries per second")
     axes.set_ylabel("median inter-token latency, ms")
     axes.set_title(f"{name} {prompt}+{output}, {_machine(summary)}", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _save(figure, out, f"itl-{name}")
 
 
@@ -130,10 +130,11 @@ def _memory(summary: Summary, out: Path) -> Path | None:
     bars = axes.bar(models, [rows[model] / 1e6 for model in models], 0.6, color=colours)
     base = rows.get(summary.baseline)
     texts = [
-        f"{rows[m] / 1e6:,.0f} MB" + (f"\n{base / rows[m]:.2f}x less" if base and i else "")
+        f"{rows[m] / 1e6:,.0f} MB" + (f"\n{base / rows[m]:.2f}x smaller" if base and i else "")
         for i, m in enumerate(models)
     ]
     axes.bar_label(bars, texts, fontsize=8, padding=2)
+    axes.tick_params(axis="x", labelsize=8)
     axes.margins(y=0.16)
     axes.set_ylabel("weights in memory, MB")
     axes.set_title("Memory", fontsize=10)

@@ -123,7 +123,7 @@ def _describe(data: Mapping[str, Any]) -> list[str]:
     lines = [
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {gpus}",
         f"- {versions}; commit {data['commit'] or 'unknown'}",
-        f"- {data['date']}; {arguments['repeats']} samples, {arguments['rounds']} rounds"
+        f"- {data['date']}; {arguments['repeats']} samples, {arguments['rounds']} round(s)"
         f"{', engines resident' if arguments['resident'] else ''}; medians ± half the range; prefix cache off",
         f"- engine arguments of every model: `{arguments['engine_args'] or 'none'}`",
     ]

@@ -43,7 +43,7 @@ class Runner:
 
     def run(self) -> int:
         """Measure; return the number of failures."""
-        for sentence in idle_check(1.0):
+        for sentence in idle_check(1.0, gpus=True):
             self._warn(sentence)
         try:
             if self._settings.resident:
@@ -84,6 +84,10 @@ class Runner:
     def _offline(self, target: Target, walk: int) -> None:
         jobs = self._offline_jobs(target, walk)
         try:
+            if jobs:
+                self._engine(target)
+                for sentence in idle_check():
+                    self._warn(sentence)
             for job in jobs:
                 row = self._engine(target).measure(job)
                 self._keep(row)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from vllm_sparse.compress.llm_compressor import convert_recipe, is_llm_compressor
 from vllm_sparse.errors import OptionError
 from vllm_sparse.scheme import GROUP_SIZES, get_scheme
 
@@ -117,14 +118,14 @@ class Recipe:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Return the options in YAML file ``path``, spelled like the attributes of ``Recipe``."""
+    """Return the options in YAML file ``path``: spelled like the attributes of ``Recipe``, or for llm-compressor."""
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"{path}: cannot be read as a YAML recipe ({error})") from error
     if not isinstance(options, dict):
         raise OptionError(f"{path}: expected a mapping of options, such as 'scheme: w4a16'")
-    return options
+    return convert_recipe(options, str(path)) if is_llm_compressor(options) else options
 
 
 def make_recipe(options: Mapping[str, Any], where: str = "recipe") -> Recipe:

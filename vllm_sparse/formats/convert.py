@@ -20,6 +20,7 @@ from vllm_sparse.formats.base import Format
 from vllm_sparse.formats.bitmask import BitmaskFormat
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.quantized import QuantizedFormat
 from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.formats.stock import dense_tensors, stock_config
@@ -93,7 +94,7 @@ class Converter:
     def __init__(self, checkpoint: Checkpoint, form: Format, writer: CheckpointWriter, to_dense: bool) -> None:
         self.checkpoint, self.form, self.writer, self.to_dense = checkpoint, form, writer, to_dense
         self.summary = Summary(bytes_before=sum(info.nbytes for info in checkpoint.tensors.values()))
-        self._stock = form.stock_config() if to_dense else None
+        self._stock = _stock_config(form) if to_dense else None
         self._kinds: dict[LinearSpec, list[str]] = {}
         self._scale_dtype = self._common_scale_dtype()
 
@@ -256,6 +257,11 @@ class Converter:
         self.summary.bytes_after += tensor.nbytes
 
 
+def _stock_config(form: Format) -> dict[str, Any] | None:
+    """Return the config of what is dense in compressed-tensors already; None if the converter has to make one."""
+    return dict(form.stock) if isinstance(form, QuantizedFormat) else form.stock_config()
+
+
 def _is_embedding(module: str) -> bool:
     name = module.rpartition(".")[2]
     return "embed" in name or name in ("wte", "wpe")
@@ -306,7 +312,7 @@ def run(args: argparse.Namespace) -> int:
     summary = convert(args.source, args.out, args.to, args.force)
     layers = summary.sparse + len(summary.dense)
     print(f"{args.out}: {summary.sparse} of {layers} linear layers are 2:4, written as {args.to}")
-    print(f"{summary.bytes_before / 1e9:.3f} GB before, {summary.bytes_after / 1e9:.3f} GB after")
+    print(f"{summary.bytes_before / 1e6:.1f} MB before, {summary.bytes_after / 1e6:.1f} MB after")
     if summary.left_out:
         print(
             f"left out {len(summary.left_out)} tensors that the format has no place for, such as {summary.left_out[0]}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vllm_sparse.errors import FormatError, NotSparseError
 from vllm_sparse.formats.base import TensorSpec, check_columns, matrix
 from vllm_sparse.formats.compressed_tensors import CompressedTensorsFormat, scale_specs, scales_of
 from vllm_sparse.scheme import Scheme
@@ -21,6 +23,12 @@ class QuantizedFormat(CompressedTensorsFormat):
     name = "quantized"
     promises_sparse = False
     stored_as = ("float-quantized", "int-quantized", "naive-quantized")
+
+    def stock_config(self) -> dict[str, Any] | None:
+        # vLLM asserts that weight-only groups of these formats are FP8, so it never gets to see the others.
+        groups = self.stock.get("config_groups") or {}
+        kept = {name: group for name, group in groups.items() if not _weight_only_int(group)}
+        return {**self.stock, "config_groups": kept}
 
     def scheme_of(self, module: str) -> Scheme | None:
         scheme = super().scheme_of(module)
@@ -43,6 +51,17 @@ class QuantizedFormat(CompressedTensorsFormat):
         group = self.our_group(module)
         assert group.scheme is not None
         scales, input_scale = scales_of(group, tensors, parts)
-        return Sparse24Weight.from_dense(
-            tensors["weight"], group.scheme, scales, group.group_size, input_scale, layer=module
-        )
+        try:
+            return Sparse24Weight.from_dense(
+                tensors["weight"], group.scheme, scales, group.group_size, input_scale, layer=module
+            )
+        except NotSparseError as error:
+            if group.scheme.activation is not None:
+                raise
+            # Not a NotSparseError, which asks for vLLM's own method: it has none for these.
+            raise FormatError(f"{error}; vLLM itself does not serve weight-only INT8 in this format") from error
+
+
+def _weight_only_int(group: Mapping[str, Any]) -> bool:
+    weights = group.get("weights") or {}
+    return not group.get("input_activations") and weights.get("type", "int") == "int"
