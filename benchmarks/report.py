@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 BEGIN = "<!-- performance: written by `make report` from benchmarks/results -->"
 END = "<!-- end of performance -->"
 OURS = "vllm-sparse"
+SPARSE = (OURS, "cusparselt")
 LAYERS = ("qkv", "o", "gate_up", "down")
 
 
@@ -34,28 +35,48 @@ def _described(data: dict[str, Any], file: Path) -> str:
 def linear(data: dict[str, Any], file: Path) -> list[str]:
     """Return one table per model: microseconds of the sum over a block's linear layers, against tokens.
 
-    Kernels of which a layer is missing at some number of tokens have no sum there.
+    A kernel that lacks a layer at some number of tokens has no sum there. Ratios are to the fastest dense kernel of
+    the same scheme, or of any scheme where there is none, and to bf16.
     """
-    times: dict[tuple[str, str], dict[tuple[str, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    times: dict[str, dict[tuple[str, str, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for row in data["rows"]:
-        times[row["model"], row["scheme"]][row["kernel"], row["m"]][row["layer"]] = row["us"]
+        times[row["model"]][row["kernel"], row["scheme"], row["m"]][row["layer"]] = row["us"]
     parts = []
-    for (model, scheme), found in times.items():
+    for model, found in times.items():
         sums = {key: sum(layers.values()) for key, layers in found.items() if set(layers) >= set(LAYERS)}
-        tokens = sorted({m for kernel, m in sums if kernel == OURS})
+        ours = sorted({scheme for kernel, scheme, _ in sums if kernel == OURS})
+        tokens = sorted({m for kernel, _, m in sums if kernel == OURS})
         if not tokens:
             continue
-        kernels = sorted({kernel for kernel, _ in sums}, key=lambda name: (name == OURS, name))
-        rows = [[kernel, *(_micro(sums.get((kernel, m))) for m in tokens)] for kernel in kernels]
-        dense = [name for name in kernels if name != OURS and name != "cusparselt"]
-        best = [min((sums[name, m] for name in dense if (name, m) in sums), default=None) for m in tokens]
-        ratios = [
-            f"{fastest / sums[OURS, m]:.2f}x" if fastest else "–" for fastest, m in zip(best, tokens, strict=True)
+        kinds = sorted({key[:2] for key in sums}, key=lambda kind: (kind[0] == OURS, kind))
+        rows = [
+            [_named(kernel, scheme), *(_micro(sums.get((kernel, scheme, m))) for m in tokens)]
+            for kernel, scheme in kinds
         ]
-        head = f"**{model}, {scheme}**: microseconds of one block's four linear layers; {_described(data, file)}"
-        header = ["tokens", *map(str, tokens)]
-        parts += [head, "", table(header, [*rows, ["best dense / ours", *ratios]]), ""]
+        for scheme in ours:
+            same = [kind for kind in kinds if kind[0] not in SPARSE and kind[1] == scheme]
+            dense = same or [kind for kind in kinds if kind[0] not in SPARSE]
+            rows.append([f"{scheme}: best dense / ours", *_ratios(sums, dense, scheme, tokens)])
+            rows.append([f"{scheme}: bf16 / ours", *_ratios(sums, [("torch-bf16", "bf16")], scheme, tokens)])
+        head = f"**{model}**: microseconds of one block's four linear layers; {_described(data, file)}"
+        parts += [head, "", table(["tokens", *map(str, tokens)], rows), ""]
     return parts
+
+
+def _named(kernel: str, scheme: str) -> str:
+    return kernel if kernel.endswith(scheme) else f"{kernel} {scheme}"
+
+
+def _ratios(
+    sums: dict[tuple[str, str, int], float], dense: list[tuple[str, str]], scheme: str, tokens: list[int]
+) -> list[str]:
+    """Return how much faster our kernel is than the fastest of ``dense`` at each number of tokens."""
+    cells = []
+    for m in tokens:
+        fastest = min((sums[*kind, m] for kind in dense if (*kind, m) in sums), default=None)
+        own = sums.get((OURS, scheme, m))
+        cells.append(f"{fastest / own:.2f}x" if fastest and own else "–")
+    return cells
 
 
 def _micro(value: float | None) -> str:

@@ -25,7 +25,8 @@ def test_the_seven_use_cases():
 
 
 def test_medians_come_with_their_spread():
-    assert Figure.of([3.0, 1.0, 2.0]) == Figure(2.0, 0.5, 3)
+    assert Figure.of([3.0, 1.0, 2.0]) == Figure(2.0, 1.0, 3.0, 3)
+    assert Figure(2.0, 1.0, 3.0, 3).spread == 0.5
     assert Figure.of([]) is None
 
 

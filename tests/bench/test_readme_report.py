@@ -26,7 +26,7 @@ def test_linear_results_become_sums_and_a_ratio_to_the_best_dense(tmp_path, monk
     assert (
         "### h200" in text and "2026-01-02, torch 2.11.0, vllm 0.26.0 ([linear-fp8.json](h200/linear-fp8.json))" in text
     )
-    assert "| vllm-sparse | 40.0 | 40.0 |" in text and "| best dense / ours | 1.75x | 1.75x |" in text
+    assert "| vllm-sparse fp8 | 40.0 | 40.0 |" in text and "| fp8: best dense / ours | 1.75x | 1.75x |" in text
     assert "torch-fp8" not in text
 
 

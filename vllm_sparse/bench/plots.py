@@ -64,22 +64,23 @@ def _bars(
     figure, axes = _axes(max(6.0, 0.28 * len(cases) * (len(summary.models) + 1.5) + 2))
     width = 0.84 / len(summary.models)
     for index, model in enumerate(summary.models):
-        found = [value(model, name) for name, _, _ in cases]
-        places = [group + (index + 0.5) * width - 0.42 for group in range(len(cases))]
-        heights = [figure_.value if figure_ else 0.0 for figure_ in found]
-        errors = [figure_.value * figure_.spread if figure_ else 0.0 for figure_ in found]
-        bars = axes.bar(places, heights, width * 0.92, color=_COLOURS[index % len(_COLOURS)], label=model)
-        axes.errorbar(places, heights, errors, fmt="none", ecolor="#666666", elinewidth=0.8)
-        if index:
-            ratios = [
-                summary.ratio(figure_, value(summary.baseline, name), suite == "latency")
-                for figure_, (name, _, _) in zip(found, cases, strict=True)
-            ]
-            texts = ["" if ratio is None else f"{ratio:.2f}x" for ratio in ratios]
-            axes.bar_label(bars, texts, fontsize=6.5, rotation=90, padding=4)
+        colour, shift = _COLOURS[index % len(_COLOURS)], (index + 0.5) * width - 0.42
+        axes.plot([], [], "s", color=colour, label=model)  # in the legend even if nothing of it was measured
+        for group, (name, _, _) in enumerate(cases):
+            found = value(model, name)
+            if found is None:
+                continue
+            axes.bar(group + shift, found.value, width * 0.92, color=colour)
+            ends = [[found.value - found.low], [found.high - found.value]]
+            axes.errorbar(group + shift, found.value, ends, fmt="none", ecolor="#666666", elinewidth=0.8)
+            ratio = summary.ratio(found, value(summary.baseline, name), suite == "latency") if index else None
+            if ratio is not None:
+                axes.annotate(f"{ratio:.2f}x", (group + shift, found.high), (0, 4), textcoords="offset points",
+                              ha="center", va="bottom", fontsize=6.5, rotation=90)  # fmt: skip
     axes.set_xticks(range(len(cases)), [f"{name}\n{prompt}+{output}" for name, prompt, output in cases], fontsize=8)
     axes.set_ylabel(f"{unit} ({better})")
     axes.margins(y=0.14)
+    axes.set_ylim(bottom=0)
     axes.set_title(f"{suite.capitalize()}, {_machine(summary)}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, ncols=min(5, len(summary.models)), loc="upper center",
                 bbox_to_anchor=(0.5, -0.14))  # fmt: skip

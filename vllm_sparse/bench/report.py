@@ -26,7 +26,8 @@ def _cell(figure: Figure | None, ratio: float | None, digits: int = 3) -> str:
         return _NONE
     text = f"{figure.value:.{digits}g}"
     if figure.samples > 1:
-        text += f" ±{100 * figure.spread:.2g}%"
+        percent = 100 * figure.spread
+        text += f" ±{percent:.0f}%" if percent >= 10 else f" ±{percent:.2g}%"
     return text if ratio is None else f"{text} ({ratio:.2f}x)"
 
 
@@ -73,7 +74,7 @@ def _served_table(summary: Summary, case: str) -> str:
     rows = []
     for model in summary.models:
         cells = []
-        for arrival, metrics in ((SINGLE, ("ttft", "itl")), (AT_ONCE, ("ttft", "tpot"))):
+        for arrival, metrics in ((SINGLE, ("ttft", "itl", "tpot")), (AT_ONCE, ("ttft", "tpot"))):
             for metric in metrics:
                 pair = [summary.served(model, case, arrival, metric, p) for p in ("p50", "p99")]
                 cells.append(" / ".join(_NONE if figure is None else f"{figure.value:.3g}" for figure in pair))
@@ -81,7 +82,7 @@ def _served_table(summary: Summary, case: str) -> str:
         ratio = None if model == summary.baseline else summary.ratio(most, summary.saturation(summary.baseline, case))
         best = [summary.best_rate(model, case, arrival, limit) for arrival in arrivals]
         rows.append([model, *cells, _cell(most, ratio), *(_NONE if rate is None else f"{rate:.3g}" for rate in best)])
-    header = ["model", "one stream: TTFT", "ITL", "all at once: TTFT", "TPOT", "queries/s"]
+    header = ["model", "one stream: TTFT", "ITL", "TPOT", "all at once: TTFT", "TPOT", "queries/s"]
     return table(header + [f"q/s, ITL ≤ {limit:g} ms, {arrival}" for arrival in arrivals], rows)
 
 

@@ -15,19 +15,22 @@ LOWER_IS_BETTER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per
 
 @dataclass(frozen=True)
 class Figure:
-    """A median over samples, half the range of the samples relative to it, and their number."""
+    """The median of some samples, the lowest, the highest, and how many there are."""
 
     value: float
-    spread: float
+    low: float
+    high: float
     samples: int
+
+    @property
+    def spread(self) -> float:
+        """Half the range of the samples, relative to the median."""
+        return (self.high - self.low) / 2 / self.value if self.value else 0.0
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Figure | None:
         """Return the figure of ``samples``; None if there are none."""
-        if not samples:
-            return None
-        middle = median(samples)
-        return cls(middle, (max(samples) - min(samples)) / 2 / middle if middle else 0.0, len(samples))
+        return cls(median(samples), min(samples), max(samples), len(samples)) if samples else None
 
 
 class Summary:
