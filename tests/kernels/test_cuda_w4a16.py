@@ -16,13 +16,8 @@ from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 KERNEL = CudaW4A16Kernel()
 PAIRS = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
-<<<<<<< HEAD
-# Rounding of the result and, from 17 tokens on, of code * scale: each 2^-9 (bf16) or 2^-12 (fp16) at most, about half
-# of it in the mean square.
-=======
 # Rounding of the result and, on Hopper, of code * scale: each 2^-9 (bf16) or 2^-12 (fp16) at most, half of it in the
 # mean square.
->>>>>>> w4a16
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
 EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 191, 255, 256, 257, 300, 511, 513, 1025)
 

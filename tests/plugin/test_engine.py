@@ -26,8 +26,13 @@ from tests.plugin.models import (
     save_native,
     save_published,
 )
+from vllm_sparse.kernels import choose_kernel
+from vllm_sparse.kernels.reference import ReferenceKernel
+from vllm_sparse.scheme import SCHEMES
+from vllm_sparse.weight import LinearSpec
 
 pytest.importorskip("vllm")
+SPEC = LinearSpec(SCHEMES["fp8"], 128, 128, -1, torch.float32, torch.float32)
 pytestmark = pytest.mark.serve
 PROMPTS = [[5, 17, 99, 200, 31, 7], [3, 3], [250, 1, 90, 12, 44, 45, 46, 47, 48]]
 NEW_TOKENS = 12
@@ -143,9 +148,15 @@ def test_dummy_weights(engine: Any, tmp_path: Path, stored: str) -> None:
     assert [len(tokens) for tokens in engine(path, load_format="dummy", **options)] == [NEW_TOKENS] * len(PROMPTS)
 
 
-def test_compiled_model(engine: Any, tmp_path: Path) -> None:
-    stored = save_native(random_model(), tmp_path / "m", "w4a16")
-    assert_greedy(stored.reference, engine(stored.path, enforce_eager=False))
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_compiled_model(engine: Any, tmp_path: Path, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if choose_kernel(SPEC, torch.device("cpu")).name != "cpu" and kernel == "cpu":
+        pytest.skip("the CPU kernels are not built")
+    # In the second case as on a GPU: vLLM quantizes the activations outside of the kernel, in what is compiled.
+    monkeypatch.setattr(ReferenceKernel, "quantizes_input", False)
+    stored = save_native(random_model(), tmp_path / "m", "fp8")
+    quantize_inputs(stored.reference, "fp8", static=False)
+    assert_greedy(stored.reference, engine(stored.path, {"kernel": kernel}, enforce_eager=False), FP8)
 
 
 @pytest.mark.parametrize("scheme", ["int8"])

@@ -76,7 +76,7 @@ class BlockModel:
 
     Raises:
         FormatError: not a model that transformers knows, or a weight is missing from the checkpoint.
-        UnsupportedError: its blocks hold no nn.Linear.
+        UnsupportedError: its blocks hold no nn.Linear, or experts that are none.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -95,6 +95,10 @@ class BlockModel:
             ) from error
         self._model.requires_grad_(False)
         self.prefix, self.blocks = _repeated_blocks(self._model, str(checkpoint.path))
+        if any(p.dim() > 2 and ".experts." in f".{name}" for name, p in self.blocks.named_parameters()):
+            raise UnsupportedError(
+                f"{checkpoint.path}: its layers hold all experts in one tensor, which cannot be compressed yet"
+            )
         self._file_names = self._match_names()
         self._as_tuple: bool | None = None
         self._load_surroundings()
