@@ -70,9 +70,11 @@ def engine() -> Iterator[Any]:
     cleanup_dist_env_and_memory()
 
 
-# How far below the reference's best logit a chosen token may be. Sums of float32 in another order move logits (of
-# size 5) by less than 1e-4. One e4m3 code that is rounded the other way moves its activation by 1/16 of itself.
-EXACT, FP8 = 1e-3, 0.2
+# How far below the reference's best logit a chosen token may be; logits here have a standard deviation above 2, so
+# that a token chosen by a wrong model is several units below. Sums of float32 in another order move a logit by less
+# than 1e-4. With quantized activations they turn a few codes over a rounding edge, of which each moves its activation
+# by 1/127 of the largest (int8) or 1/16 of itself (e4m3): 0.22 was the most seen.
+EXACT, ROUNDED = 1e-3, 0.5
 
 
 def assert_greedy(model: PreTrainedModel, continued: list[list[int]], bound: float = EXACT) -> None:
@@ -102,7 +104,7 @@ def assert_greedy(model: PreTrainedModel, continued: list[list[int]], bound: flo
 def test_native_checkpoint(engine: Any, tmp_path: Path, kind: str, scheme: str, static: bool) -> None:
     stored = save_native(random_model(kind), tmp_path / "m", scheme, static)
     quantize_inputs(stored.reference, scheme, static)
-    assert_greedy(stored.reference, engine(stored.path), FP8 if scheme == "fp8" else EXACT)
+    assert_greedy(stored.reference, engine(stored.path), EXACT if SCHEMES[scheme].activation is None else ROUNDED)
 
 
 PUBLISHED = {case.name: case for case in CASES}
@@ -124,7 +126,9 @@ def test_published_checkpoint(engine: Any, tmp_path: Path, name: str, scheme: st
     stored = save_published(random_model(), tmp_path / "m", PUBLISHED[name])
     quantize_inputs(stored.reference, scheme, static=False)
     options = {"quantization": "sparse24"} if flag else {}
-    assert_greedy(stored.reference, engine(stored.path, **options), FP8 if scheme == "fp8" else EXACT)
+    assert_greedy(
+        stored.reference, engine(stored.path, **options), EXACT if SCHEMES[scheme].activation is None else ROUNDED
+    )
 
 
 def test_dense_checkpoint_with_a_layer_that_is_not_sparse(engine: Any, tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_dense_checkpoint_with_a_layer_that_is_not_sparse(engine: Any, tmp_path:
 def test_dense_checkpoint_quantized_while_loading(engine: Any, tmp_path: Path) -> None:
     path = save_dense(random_model(), tmp_path / "dense")
     stored = save_native(random_model(), tmp_path / "native", "w4a16")
-    assert_greedy(stored.reference, engine(path, {"scheme": "w4a16"}, quantization="sparse24"))
+    assert_greedy(stored.reference, engine(path, {"scheme": "w4a16"}, quantization="sparse24"), ROUNDED)
 
 
 @pytest.mark.parametrize("stored", ["native", "dense"])
@@ -156,14 +160,14 @@ def test_compiled_model(engine: Any, tmp_path: Path, kernel: str, monkeypatch: p
     monkeypatch.setattr(ReferenceKernel, "quantizes_input", False)
     stored = save_native(random_model(), tmp_path / "m", "fp8")
     quantize_inputs(stored.reference, "fp8", static=False)
-    assert_greedy(stored.reference, engine(stored.path, {"kernel": kernel}, enforce_eager=False), FP8)
+    assert_greedy(stored.reference, engine(stored.path, {"kernel": kernel}, enforce_eager=False), ROUNDED)
 
 
 @pytest.mark.parametrize("scheme", ["int8"])
 def test_two_tensor_parallel_processes(engine: Any, tmp_path: Path, scheme: str) -> None:
     stored = save_native(random_model("qwen2", intermediate_size=512), tmp_path / "m", scheme)
     quantize_inputs(stored.reference, scheme, static=False)
-    assert_greedy(stored.reference, engine(stored.path, tensor_parallel_size=2))
+    assert_greedy(stored.reference, engine(stored.path, tensor_parallel_size=2), ROUNDED)
 
 
 def test_trained_model(engine: Any, tmp_path: Path) -> None:
