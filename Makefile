@@ -30,8 +30,13 @@ ifeq ($(DEVICE),cpu)
 endif
 	touch $@
 
+# Without a GPU the CUDA part is compiled only for `make test`, which checks that it compiles.
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(if $(filter cpu,$(DEVICE)),VLLM_SPARSE_CUDA=0) $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.cuda: $(VENV)/.built
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.built requirements/dev.txt
@@ -41,7 +46,7 @@ $(VENV)/.dev: $(VENV)/.built requirements/dev.txt
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT) $(if $(MODEL),--model $(MODEL))
 
-test: lint
+test: lint $(VENV)/.cuda
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev

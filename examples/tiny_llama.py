@@ -109,7 +109,7 @@ def main() -> None:
     """Train, and write the model and its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=105, help="wall-clock limit of the training")
+    parser.add_argument("--seconds", type=float, default=90, help="wall-clock limit of the training")
     args = parser.parse_args()
     torch.manual_seed(0)
     texts = source_texts(evaluation=False)
