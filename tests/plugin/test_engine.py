@@ -5,9 +5,7 @@ Everything runs in float32, where no tie between two tokens is close enough for 
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.formats.golden import CASES
+from tests.plugin.conftest import NEW_TOKENS, PROMPTS
 from tests.plugin.layers import prune_to_two_of_four
 from tests.plugin.models import (
     linear_layers,
@@ -34,40 +33,6 @@ from vllm_sparse.weight import LinearSpec
 pytest.importorskip("vllm")
 SPEC = LinearSpec(SCHEMES["fp8"], 128, 128, -1, torch.float32, torch.float32)
 pytestmark = pytest.mark.serve
-PROMPTS = [[5, 17, 99, 200, 31, 7], [3, 3], [250, 1, 90, 12, 44, 45, 46, 47, 48]]
-NEW_TOKENS = 12
-
-
-@pytest.fixture
-def engine() -> Iterator[Any]:
-    """Return ``start(path, **options)``, which loads a model into this process and returns what it generates."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.lora.request import LoRARequest
-
-    started: list[Any] = []
-
-    def start(
-        path: Path,
-        sparse24: dict[str, Any] | None = None,
-        prompts: list[list[int]] = PROMPTS,
-        adapter: Path | None = None,
-        **options: Any,
-    ) -> list[list[int]]:
-        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
-        extra = {"additional_config": {"sparse24": sparse24}} if sparse24 else {}
-        llm = LLM(str(path), **defaults | extra | options)
-        started.append(llm)
-        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
-        tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = llm.generate(tokens, wanted, use_tqdm=False, lora_request=lora)
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    yield start
-    started.clear()
-    gc.collect()
-    cleanup_dist_env_and_memory()
 
 
 # How far below the reference's best logit a chosen token may be; logits here have a standard deviation above 2, so
