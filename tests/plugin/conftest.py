@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.plugin.agreement import Continuation, table
+
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -43,6 +45,21 @@ def vllm_context(monkeypatch: pytest.MonkeyPatch) -> VllmContext:
     return context
 
 
+def continuation(output: Any) -> Continuation:
+    """Return what vLLM says of one sequence."""
+    tokens = list(output.token_ids)
+    assert len(tokens) == NEW_TOKENS
+    return Continuation(tokens, [of[token].logprob for token, of in zip(tokens, output.logprobs, strict=True)])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """End a run with the table of formats, schemes, and how far vLLM was from the reference."""
+    lines = table()
+    if lines:
+        terminalreporter.section("vLLM on the CPU against the reference, log-probabilities of greedy tokens")
+        terminalreporter.write("\n".join(lines) + "\n")
+
+
 @pytest.fixture
 def engine() -> Iterator[Any]:
     """Return ``start(path, **options)``, which loads a model into this process and returns what it generates."""
@@ -58,16 +75,16 @@ def engine() -> Iterator[Any]:
         prompts: list[list[int]] = PROMPTS,
         adapter: Path | None = None,
         **options: Any,
-    ) -> list[list[int]]:
+    ) -> list[Continuation]:
         defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
         extra = {"additional_config": {"sparse24": sparse24}} if sparse24 else {}
         llm = LLM(str(path), **defaults | extra | options)
         started.append(llm)
-        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
         lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(tokens, wanted, use_tqdm=False, lora_request=lora)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        return [continuation(output.outputs[0]) for output in outputs]
 
     yield start
     started.clear()

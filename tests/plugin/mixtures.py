@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from tests.plugin.layers import prune_to_two_of_four
 from tests.plugin.models import SIZES, Stored, quantize_inputs, save_tokenizer
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.formats.checkpoint import CheckpointWriter
-from vllm_sparse.kernels.reference import quantize_activations
 from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import Sparse24Weight
@@ -58,21 +58,14 @@ def save_dense(path: Path, kind: str, dense_layers: tuple[str, ...] = ()) -> Pat
 def reference(path: Path, scheme: str = "bf16") -> PreTrainedModel:
     """Return the dense checkpoint at ``path`` in float32, with inputs quantized as ``scheme`` does."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    dtype = SCHEMES[scheme].activation
-    quantize_inputs(model, scheme, static=False)
+    quantizer = quantize_inputs(model, scheme)
     for module in model.modules():
         if hasattr(module, "gate_up_proj") and module.gate_up_proj.dim() == 3:
-            module.forward = _forward_of(module, dtype)
+            module.forward = _forward_of(module, quantizer or (lambda x: x))
     return model
 
 
-def _forward_of(experts: Any, dtype: torch.dtype | None) -> Any:
-    def quantized(x: Tensor) -> Tensor:
-        if dtype is None:
-            return x
-        codes, scales = quantize_activations(x, dtype, None)
-        return codes.float() * scales
-
+def _forward_of(experts: Any, quantized: Callable[[Tensor], Tensor]) -> Any:
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
         for token, (ids, shares) in enumerate(zip(chosen.tolist(), weights, strict=True)):

@@ -95,8 +95,9 @@ class BitmaskFormat(CompressedTensorsFormat):
         group = self.our_group(module)
         assert group.scheme is not None
         value_dtype = group.scheme.value_dtypes[0] if group.scheme.scaled else dtype
+        also = () if group.scheme.scaled else group.scheme.value_dtypes  # a model may run in another dtype than its own
         specs = [
-            TensorSpec("compressed", (n, k // 2), value_dtype, 0, 1),
+            TensorSpec("compressed", (n, k // 2), value_dtype, 0, 1, accepts=also),
             TensorSpec("bitmask", (n, -(-k // 8)), torch.uint8, 0, 1, input_multiple=8),
             TensorSpec("shape", (2, 1), torch.int64, None, None, metadata=True),
         ]
