@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from vllm_sparse.bench.report import accuracy_table, latency_table, memory_table, table, throughput_table
+from vllm_sparse.bench.report import accuracy_table, latency_table, memory_table, served_tables, table, throughput_table
 from vllm_sparse.bench.store import SCHEMA
 from vllm_sparse.bench.summary import Summary
 
@@ -109,6 +109,7 @@ def serving(data: dict[str, Any], file: Path) -> list[str]:
         "accuracy": accuracy_table(summary),
         "memory": memory_table(summary),
     }
+    titles |= dict(served_tables(summary))
     parts = []
     for title, text in titles.items():
         if text is not None:
