@@ -60,7 +60,8 @@ def linear(data: dict[str, Any], file: Path) -> list[str]:
             rows.append([f"{scheme}: bf16 / ours", *_ratios(sums, [("torch-bf16", "bf16")], scheme, tokens)])
         head = f"**{model}**: microseconds of one block's four linear layers; {_described(data, file)}"
         parts += [head, "", table(["tokens", *map(str, tokens)], rows), ""]
-    return parts
+    plot = file.with_suffix(".svg")
+    return [*parts, f"![{plot.stem}]({plot.relative_to(ROOT)})", ""] if plot.exists() else parts
 
 
 def _named(kernel: str, scheme: str) -> str:
