@@ -152,6 +152,41 @@ def save_gptq_marlin(model: PreTrainedModel, path: Path) -> Stored:
     return save_as(model, path, compress(model, "w4a16"), encode, said | {"desc_act": False, "sym": True})
 
 
+def save_mixed(model: PreTrainedModel, path: Path) -> Stored:
+    """Write ``model`` as ``mixed-precision``: attention float-quantized fp8, the rest pack-quantized in 4 bits."""
+    kinds = {name: compress(model, name) for name in ("fp8", "w4a16")}
+    weights = {name: kinds["fp8" if "self_attn" in name else "w4a16"][name] for name in linear_layers(model)}
+
+    def encode(weight: Sparse24Weight) -> dict[str, Tensor]:
+        codes = weight.to_dense_codes()
+        tensors = {"weight": codes} if weight.scheme.name == "fp8" else encode_packed(codes, 4, None)
+        assert weight.scales is not None
+        return tensors | {"weight_scale": weight.scales}
+
+    common = {"symmetric": True, "dynamic": False}
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"} | common
+    int4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128} | common
+    inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+    groups = {
+        "group_0": {
+            "targets": ["re:.*self_attn.*"],
+            "weights": fp8,
+            "input_activations": inputs,
+            "format": "float-quantized",
+        },
+        "group_1": {
+            "targets": ["re:.*mlp.*"],
+            "weights": int4,
+            "input_activations": None,
+            "format": "pack-quantized",
+        },
+    }
+    said = {"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"]}
+    stored = save_as(model, path, weights, encode, said | {"config_groups": groups})
+    quantize_inputs(stored.reference, "fp8", only="self_attn")
+    return stored
+
+
 def save_as(
     model: PreTrainedModel,
     path: Path,
@@ -193,13 +228,15 @@ class InputQuantizer:
         return (codes.float() * scales).view_as(x)
 
 
-def quantize_inputs(model: PreTrainedModel, scheme_name: str, static: bool = False) -> InputQuantizer | None:
-    """Make ``model``'s linear layers quantize their inputs as the scheme does; None if it does not."""
+def quantize_inputs(
+    model: PreTrainedModel, scheme_name: str, static: bool = False, only: str = ""
+) -> InputQuantizer | None:
+    """Make linear layers with ``only`` in their names quantize their inputs as the scheme does, if it does."""
     dtype = SCHEMES[scheme_name].activation
     if dtype is None:
         return None
     quantizer = InputQuantizer(dtype, static)
     model.input_quantizer = quantizer
-    for module in linear_layers(model).values():
+    for module in (module for name, module in linear_layers(model).items() if only in name):
         module.register_forward_pre_hook(lambda _, arguments: (quantizer(arguments[0]),))
     return quantizer

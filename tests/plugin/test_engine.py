@@ -25,6 +25,7 @@ from tests.plugin.models import (
     random_model,
     save_dense,
     save_gptq_marlin,
+    save_mixed,
     save_native,
     save_published,
 )
@@ -84,6 +85,12 @@ def test_published_checkpoint(engine: Any, tmp_path: Path, name: str, scheme: st
 def test_gptq_marlin_checkpoint(engine: Any, tmp_path: Path) -> None:
     stored = save_gptq_marlin(random_model(), tmp_path / "m")
     assert_greedy(stored.reference, PROMPTS, engine(stored.path), ("gptq_marlin_24", "w4a16", ""))
+
+
+def test_mixed_precision_checkpoint(engine: Any, tmp_path: Path) -> None:
+    stored = save_mixed(random_model(), tmp_path / "m")
+    row = ("mixed-precision", "fp8, w4a16", "")
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path, quantization="sparse24"), row)
 
 
 def test_bitmask_of_another_dtype_than_the_model_runs_in(engine: Any, tmp_path: Path) -> None:

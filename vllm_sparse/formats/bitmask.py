@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import TensorSpec, check_columns, is_ignored, matrix, names_in
+from vllm_sparse.formats.base import TensorSpec, check_columns, matrix
 from vllm_sparse.formats.compressed_tensors import (
     CompressedTensorsFormat,
     Group,
@@ -21,6 +21,7 @@ from vllm_sparse.formats.compressed_tensors import (
     scales_of,
     sparsity,
 )
+from vllm_sparse.formats.names import is_ignored, names_in
 from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import POSITIONS_OF_MASK, Sparse24Weight, pack_nibbles, unpack_nibbles
 
@@ -84,7 +85,10 @@ class BitmaskFormat(CompressedTensorsFormat):
             return None
         if "Linear" not in self.sparse_targets and not is_ignored(module, self.sparse_targets):
             return None
-        return super().group_of(module) or Group((), SCHEMES["bf16"])
+        group = super().group_of(module) or Group((), SCHEMES["bf16"])
+        if group.scheme is None:
+            raise FormatError(f"{module}: stored as {self.name}, but quantized in a way that no 2:4 scheme has")
+        return group
 
     def scheme_of(self, module: str) -> Scheme | None:
         scheme = super().scheme_of(module)

@@ -13,8 +13,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_sparse.errors import OptionError, UnsupportedError
 from vllm_sparse.formats import Format, claims, detect
-from vllm_sparse.formats.base import is_ignored
 from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.mixed import MixedFormat
+from vllm_sparse.formats.names import is_ignored
 from vllm_sparse.formats.packed import PackedFormat
 from vllm_sparse.formats.passthrough import PassThroughFormat
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
@@ -116,7 +117,7 @@ class Sparse24Config(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         renamed = dict(self.format.renamed)
-        if isinstance(self.format, PackedFormat):
+        if isinstance(self.format, (PackedFormat, MixedFormat)):
             renamed[".weight_shape"] = None  # metadata, see Sparse24LinearMethod
         return WeightsMapper(orig_to_new_suffix=renamed) | QuantizationConfig.get_cache_scale_mapper()
 

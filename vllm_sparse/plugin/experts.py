@@ -194,7 +194,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
     def _pack(self, layer: Any, name: str, weights: Sequence[Sparse24Weight]) -> tuple[Projection, dict[str, Tensor]]:
         """Return how projection ``name`` runs, and the packed tensors of all experts, stacked."""
         spec = weights[0].spec(self.dtype)
-        kernel = choose_kernel(spec, weights[0].device, self.config.options.kernel)
+        kernel = choose_kernel(spec, weights[0].device, self.config.options.kernel_for(spec, weights[0].device))
         stacked: dict[str, Tensor] = {}
         for expert, weight in enumerate(weights):
             packed = kernel.prepare(spec, weight)
