@@ -31,6 +31,11 @@ class Grid:
         """Return the scale of every row at input feature ``j``, ``[n]``."""
         return self.scales[:, 0 if self.group_size == -1 else j // self.group_size]
 
+    def transposed_scales(self, columns: Tensor) -> Tensor:
+        """Return the scales of every row at input features ``columns`` ``[c]``, as ``[c, n]``."""
+        index = torch.zeros_like(columns) if self.group_size == -1 else columns // self.group_size
+        return self.scales.T[index].contiguous()
+
     def round(self, column: Tensor, j: int) -> Tensor:
         """Return ``column`` ``[n]``, input feature ``j`` of the weight, rounded to the grid."""
         scale = self.column_scales(j)
@@ -40,6 +45,15 @@ class Grid:
         """Return the codes of ``weight`` ``[n, k]`` in the dtype the scheme stores."""
         codes = weight.unflatten(1, (self.scales.shape[1], -1)) / self.scales.unsqueeze(-1)
         return round_codes(codes, self.scheme).flatten(1).to(self.scheme.value_dtypes[0])
+
+
+def fused_block(weight: Tensor, block: int) -> int:
+    """Return how many columns of ``weight`` to decide between two products: ``block``, or what a fused loop can hold."""
+    if not weight.is_cuda:
+        return block
+    from vllm_sparse.compress.columns import BLOCK
+
+    return BLOCK
 
 
 def round_codes(codes: Tensor, scheme: Scheme) -> Tensor:

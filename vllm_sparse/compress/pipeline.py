@@ -17,10 +17,11 @@ from vllm_sparse.compress.calibrate import BlockHessians
 from vllm_sparse.compress.calibration import fingerprint, load_calibration
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.model import BlockCall, BlockModel
+from vllm_sparse.compress.phases import Phases
 from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe, make_recipe, read_recipe
 from vllm_sparse.compress.refine import refine
-from vllm_sparse.compress.report import Report, model_card, verify
+from vllm_sparse.compress.report import Report, Verification, model_card, verify
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.base import is_ignored
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
@@ -83,8 +84,10 @@ def compress(
             dense=job.dense,
             bytes_before=sum(info.nbytes for info in job.checkpoint.tensors.values()),
             bytes_after=bytes_after,
-            verification=verify(writer.directory, job.format, [job.file_name(layer.name) for layer in layers]),
+            verification=job.verify(writer.directory, layers),
             seconds=time.monotonic() - started,
+            phases=job.phases.seconds,
+            peak_device_bytes=job.phases.peak_bytes(),
             versions={
                 "vllm-sparse": vllm_sparse.__version__,
                 "torch": torch.__version__,
@@ -102,7 +105,8 @@ class _Job:
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
         self.checkpoint = checkpoint
         self._recipe = recipe
-        self._device = device
+        self.device = device
+        self.phases = Phases(device)
         self._value_dtype = _source_dtype(checkpoint)
         # A CPU gains nothing from computing in 16 bits that would be worth the rounding of the calibration inputs.
         self._model = BlockModel(checkpoint, device, torch.float32 if device.type == "cpu" else self._value_dtype)
@@ -158,38 +162,51 @@ class _Job:
                 hidden.append(embedded)
         targets = list(hidden)
         for index in range(len(self._model.blocks)):
-            block = self._model.load(index)
+            with self.phases("load"):
+                block = self._model.load(index)
+            linears = {name: m for name, m in self._model.linears(index).items() if name in set(self.chosen)}
             batches = [(calls[x.shape[:2]][index], x) for x in hidden]
             if recipe.refine:
-                targets = [calls[x.shape[:2]][index].run(block, x) for x in targets]
-            linears = {name: m for name, m in self._model.linears(index).items() if name in set(self.chosen)}
+                with self.phases("propagate"):
+                    for i, x in enumerate(targets):
+                        targets[i] = calls[x.shape[:2]][index].run(block, x)
             groups = []
             for names, inputs in self._inputs(block, linears, batches):
-                pruned = prune_layers({name: linears[name].weight.float() for name in names}, inputs, recipe)
+                with self.phases("prune"):
+                    pruned = prune_layers({name: linears[name].weight.float() for name in names}, inputs, recipe)
                 groups.append((pruned, inputs))
             if recipe.refine:
-                progress.say(self._refine(index, block, linears, groups, batches, targets))
+                with self.phases("refine"):
+                    progress.say(self._refine(index, block, linears, groups, batches, targets))
                 renewed = dict(self._inputs(block, linears, batches))
                 groups = [(pruned, renewed[tuple(pruned.weights)]) for pruned, _ in groups]
             for pruned, inputs in groups:
-                for hub, dense, report in quantize_layers(pruned, inputs, recipe, self._value_dtype):
+                with self.phases("quantize"):
+                    quantized = list(quantize_layers(pruned, inputs, recipe, self._value_dtype))
+                for hub, dense, report in quantized:
                     linears[report.name].weight.copy_(dense)
-                    self._add_layer(writer, report.name, hub)
+                    with self.phases("write"):
+                        self._add_layer(writer, report.name, hub)
                     progress.step(_line(report))
                     yield report
-            hidden = [call.run(block, x) for call, x in batches]
+            del batches, groups, pruned, inputs, quantized, hub, dense
+            with self.phases("propagate"):
+                for i, x in enumerate(hidden):  # in place, so that only one set of activations is ever held
+                    hidden[i] = calls[x.shape[:2]][index].run(block, x)
             self._model.release(index)
 
     def _inputs(
         self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
     ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """Run the block and yield what reached its layers, for each set of them that shares an input."""
-        with BlockHessians(linears) as hessians:
+        with self.phases("calibrate"), BlockHessians(linears) as hessians:
             for call, x in batches:
                 call.run(block, x)
                 hessians.end_batch()
         for names, h, tokens in hessians.groups():
-            yield names, Inputs(h, tokens, self._recipe, ", ".join(names))
+            with self.phases("prune"):
+                inputs = Inputs(h, tokens, self._recipe, ", ".join(names))
+            yield names, inputs
 
     def _refine(
         self,
@@ -231,9 +248,14 @@ class _Job:
         writer.flush()
         return self._bytes
 
+    def verify(self, directory: Path, layers: Iterable[LayerReport]) -> Verification:
+        """Read the written 2:4 layers again; see ``report.verify``."""
+        with self.phases("verify"):
+            return verify(directory, self.format, [self.file_name(layer.name) for layer in layers], self.device)
+
     def _add_layer(self, writer: CheckpointWriter, layer: str, hub: Sparse24Weight) -> None:
         file_name = self.file_name(layer)
-        for last, tensor in self.format.from_weight(hub.to("cpu")).items():
+        for last, tensor in self.format.from_weight(hub).items():
             self._add(writer, f"{file_name}.{last}", tensor)
         self._written.add(f"{file_name}.weight")
 
