@@ -38,8 +38,9 @@ def admm(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     for penalty in _PENALTIES:
         shifted = unit.clone()
         shifted.diagonal().add_(penalty)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        root = _inverse_triangle(torch.linalg.cholesky(shifted))
         with _fast_products(weight.device):
+            inverse = root.T @ root
             for _ in range(_STEPS):
                 right = torch.add(target, pruned, alpha=penalty).sub_(multiplier)
                 # V + multiplier / penalty, whose largest entries D keeps; the multiplier becomes what D leaves.
@@ -48,6 +49,12 @@ def admm(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
                 pruned = moved * mask
                 multiplier = moved.sub_(pruned).mul_(penalty)
     return pruned * scale, mask
+
+
+def _inverse_triangle(lower: Tensor) -> Tensor:
+    """Return the inverse of lower triangular ``lower`` ``[k, k]``."""
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False)
 
 
 @contextmanager

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="YAML file with these options; the command line wins")
     parser.add_argument("--device", help="such as cuda:0 or cpu (default: the first GPU, else the CPU)")
     parser.add_argument("--force", action="store_true", help="replace what is in the output directory")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep finished blocks when cut short, and begin after those kept before"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         recipe=args.recipe,
         force=args.force,
+        resume=args.resume,
         **{name: getattr(args, name) for name in _RECIPE_OPTIONS},
     )
     print(f"{report.summary()}\nwritten to {args.output}")

@@ -1,9 +1,11 @@
-"""The loops over the columns of one block, fused into one Triton kernel each: the GPU's form of gptq, descent, sparsegpt.
+"""The column loops of gptq, descent and sparsegpt on a GPU: one Triton kernel for a block of columns.
 
 A column depends on those before it, so that eager code launches a dozen kernels per column. Here one warp owns 32 rows
 of the weight and keeps what they pass on from column to column in registers. Every array is transposed: column j of the
 weight is row j, and its rows are contiguous.
 """
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def _passed_on(factor, carried, i, j, count):
 
 
 @triton.jit
-def _gptq_kernel(w, keep, scales, factor, errors, n, count, max_code, fp8: tl.constexpr, b: tl.constexpr, r: tl.constexpr):
+def _gptq_kernel(
+    w, keep, scales, factor, errors, n, count, max_code, fp8: tl.constexpr, b: tl.constexpr, r: tl.constexpr
+):
     rows = tl.program_id(0) * r + tl.arange(0, r)
     inside = rows < n
     i = tl.arange(0, b)

@@ -49,7 +49,7 @@ def gptq(weight: Tensor, h: Tensor, grid: Grid, mask: Tensor, act_order: bool = 
 
 
 def _round_columns(w: Tensor, keep: Tensor, factor: Tensor, grid: Grid, columns: Tensor) -> Tensor:
-    """Round ``w`` ``[block, n]`` in place; return the errors of the columns. ``columns`` are their places in the grid."""
+    """Round ``w`` ``[block, n]`` in place; return the errors of its columns, which are ``columns`` of the grid."""
     if w.is_cuda:
         from vllm_sparse.compress.columns import gptq_columns
 

@@ -48,7 +48,7 @@ class Grid:
 
 
 def fused_block(weight: Tensor, block: int) -> int:
-    """Return how many columns of ``weight`` to decide between two products: ``block``, or what a fused loop can hold."""
+    """Return how many columns of ``weight`` to decide between products: ``block``, or what a fused loop holds."""
     if not weight.is_cuda:
         return block
     from vllm_sparse.compress.columns import BLOCK

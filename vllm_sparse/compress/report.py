@@ -49,8 +49,8 @@ class Report:
         bytes_before, bytes_after: size of all tensors.
         verification: see ``Verification``.
         seconds: wall time.
-        phases: seconds by phase: load, calibrate (the passes that accumulate H), prune (mask and least squares), refine,
-            quantize, write, propagate, verify.
+        phases: seconds by phase: load, calibrate (the passes that accumulate H), prune (mask and least squares),
+            refine, quantize, write, propagate, verify.
         peak_device_bytes: the most memory that tensors held on the GPU; None on a CPU.
         versions: of this package, torch and transformers.
     """
@@ -85,9 +85,7 @@ class Report:
         )
 
 
-def verify(
-    directory: Path, form: Format, layers: Iterable[str], device: torch.device | str = "cpu"
-) -> Verification:
+def verify(directory: Path, form: Format, layers: Iterable[str], device: torch.device | str = "cpu") -> Verification:
     """Read every 2:4 layer from the files in ``directory`` and count the groups that are not 2:4.
 
     Raises:
