@@ -1,6 +1,8 @@
 """The Triton kernels decide what the eager loops decide. Without a GPU they run in Triton's interpreter."""
 
-import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,17 +18,24 @@ pytest.importorskip("triton")
 OWN = slice(32, 64)  # the columns of the block
 SCHEME_SIZES = [("w4a16", 32), ("int8", -1), ("fp8", -1)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(scope="module")
 def columns():
+    if DEVICE == "cpu" and not INTERPRETED:
+        pytest.skip("needs a GPU, or Triton's interpreter from the start of the process")
     from vllm_sparse.compress import columns
 
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        yield importlib.reload(columns)
-    importlib.reload(columns)
+    return columns
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the tests below run here")
+def test_all_of_this_file_in_the_interpreter():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "12 passed" in result.stdout, result.stdout[-3000:]
 
 
 def layer(scheme, group_size):
