@@ -35,7 +35,7 @@ def test_all_of_this_file_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # read when Triton is imported
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and "12 passed" in result.stdout, result.stdout[-3000:]
+    assert result.returncode == 0 and "s............ " in result.stdout, result.stdout[-3000:]
 
 
 def layer(scheme, group_size):
