@@ -84,18 +84,18 @@ def search_grid(
     largest = groups.abs().amax(-1)
     # A group of zeros has no scale of its own; any positive one represents it exactly.
     base = torch.where(largest > 0, largest, scheme.max_code) / scheme.max_code
-    best = _storable(base, scale_dtype)
+    best = storable(base, scale_dtype)
     if search:
         least = _squared_error(groups, best, cost, scheme)
         for shrink in _SHRINK:
-            scales = _storable(base * shrink, scale_dtype)
+            scales = storable(base * shrink, scale_dtype)
             error = _squared_error(groups, scales, cost, scheme)
             better = error < least
             best, least = torch.where(better, scales, best), torch.where(better, error, least)
     return Grid(scheme, best, group_size)
 
 
-def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to ``dtype`` and back, never to zero."""
     return scales.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
-_TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 8192
+_Add = Callable[[str, Tensor], None]
 
 
 class Job:
@@ -36,7 +38,7 @@ class Job:
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
         self.checkpoint = checkpoint
-        self._recipe = recipe
+        self.recipe = recipe
         self.device = device
         self.phases = Phases(device)
         self._value_dtype = _source_dtype(checkpoint)
@@ -61,9 +63,11 @@ class Job:
         """Return what the checkpoint calls a layer."""
         return self._model.file_name(f"{layer}.weight").removesuffix(".weight")
 
-    def calibration(self, source: str | Path | Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Return the token ids and what the report says of them."""
-        recipe = self._recipe
+    def calibration(self, source: str | Path | Tensor | None) -> tuple[Tensor | None, dict[str, Any] | None]:
+        """Return the token ids and what the report says of them; None for both where no step needs them."""
+        recipe = self.recipe
+        if source is None or not recipe.needs_calibration:
+            return None, None
         if isinstance(source, Tensor):
             tokens = source
         else:
@@ -96,17 +100,60 @@ class Job:
                 if finished < len(self._model.blocks):  # else nobody needs what comes out of it
                     self._restore(index, manifest.shard(index), reports, state)
             else:
-                reports = list(self._compress_block(index, writer, state, progress))
+                reports = list(self._compress_block(index, writer.add, state, progress))
                 if manifest is not None:
                     manifest.add(reports)
             if index < finished:
                 progress.skip(len(reports), f"block {index} is finished")
             yield from reports
 
-    def _compress_block(
-        self, index: int, writer: CheckpointWriter, state: _Activations, progress: Progress
-    ) -> Iterator[LayerReport]:
-        recipe = self._recipe
+    @torch.no_grad()
+    def rehearse(self, tokens: Tensor | None, progress: Progress) -> int:
+        """Compress the first block and write it nowhere; return the bytes of the hidden states of ``tokens``."""
+        state = _Activations(self._model, tokens)
+        for _ in self._compress_block(0, lambda name, tensor: None, state, progress):
+            pass
+        return sum(x.nbytes for _, x in state.batches(0))
+
+    @property
+    def blocks(self) -> int:
+        """How many repeated blocks the model has."""
+        return len(self._model.blocks)
+
+    def shapes(self, first_block: bool = False) -> list[tuple[int, int]]:
+        """Return (n, k) of every layer that becomes 2:4."""
+        linears = self._model.linears(0) if first_block else self._model.all_linears()
+        return [(linears[name].out_features, linears[name].in_features) for name in self.chosen if name in linears]
+
+    def dense_bytes(self) -> dict[str, int]:
+        """Return the bytes of every linear layer that stays dense, by name."""
+        return {name: self._bytes_written(f"{name}.weight") for name in self.dense}
+
+    def bytes_after(self) -> int:
+        """Return the bytes of all tensors that a run writes."""
+        linears = self._model.all_linears()
+        compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
+        total = sum(self._bytes_written(name) for name in self.checkpoint.tensors if name not in compressed)
+        for layer in self.chosen:
+            n, k = linears[layer].out_features, linears[layer].in_features
+            total += sum(
+                math.prod(spec.shape) * spec.dtype.itemsize
+                for spec in self.format.tensors(layer, n, k, self._value_dtype)
+            )
+        return total
+
+    def _bytes_written(self, name: str) -> int:
+        """Return the bytes that a tensor takes which is copied; 0 for one that is not in the files."""
+        info = self.checkpoint.tensors.get(name)
+        if info is None or self._is_tied_head(name):
+            return 0
+        return info.nbytes // 2 if info.dtype == torch.float32 else info.nbytes
+
+    def _is_tied_head(self, name: str) -> bool:
+        return name == "lm_head.weight" and bool(self.checkpoint.config.get("tie_word_embeddings", False))
+
+    def _compress_block(self, index: int, add: _Add, state: _Activations, progress: Progress) -> Iterator[LayerReport]:
+        recipe = self.recipe
         with self.phases("load"):
             block = self._model.load(index)
         linears = self._linears(index)
@@ -126,7 +173,7 @@ class Job:
             for hub, dense, report in quantized:
                 linears[report.name].weight.copy_(dense)
                 with self.phases("write"):
-                    self._add_layer(writer, report.name, hub)
+                    self._add_layer(add, report.name, hub)
                 progress.step(_line(report))
                 yield report
         with self.phases("propagate"):
@@ -138,7 +185,7 @@ class Job:
         with self.phases("propagate"):
             block = self._model.load(index)
             linears = self._linears(index)
-            if self._recipe.refine:
+            if self.recipe.refine:
                 state.advance_targets(index, block)
             with safe_open(shard, framework="pt") as handle:
                 names = list(handle.keys())
@@ -160,7 +207,7 @@ class Job:
     ) -> Iterator[tuple[Pruned, Inputs]]:
         for names, inputs in self._inputs(block, linears, batches):
             with self.phases("prune"):
-                pruned = prune_layers({n: linears[n].weight.float() for n in names}, inputs, self._recipe)
+                pruned = prune_layers({n: linears[n].weight.float() for n in names}, inputs, self.recipe)
             yield pruned, inputs
 
     def _with_inputs(
@@ -185,7 +232,7 @@ class Job:
                 hessians.end_batch()
         for names, h, tokens in hessians.groups():
             with self.phases("prune"):
-                inputs = Inputs(h, tokens, self._recipe, ", ".join(names))
+                inputs = Inputs(h, tokens, self.recipe, ", ".join(names))
             yield names, inputs
 
     def _refine(
@@ -203,7 +250,7 @@ class Job:
             linears[name].weight.copy_(pruned.sparse[rows])
         masks = {linears[name]: pruned.mask[rows] for pruned, name, rows in places}
         examples = [(call, x, target) for (call, x), target in zip(batches, targets, strict=True)]
-        result = refine(block, masks, examples, self._recipe.refine, self._recipe.seed)
+        result = refine(block, masks, examples, self.recipe.refine, self.recipe.seed)
         for pruned, name, rows in places:
             pruned.sparse[rows] = linears[name].weight
             linears[name].weight = nn.Parameter(linears[name].weight.to(batches[0][1].dtype), requires_grad=False)
@@ -213,9 +260,8 @@ class Job:
         """Write everything that is not a 2:4 layer; return the bytes of all tensors written."""
         config = dict(self.checkpoint.config)
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
-        tied = bool(config.get("tie_word_embeddings", False))
         for name, info in self.checkpoint.tensors.items():
-            if name in compressed or (tied and name == "lm_head.weight"):
+            if name in compressed or self._is_tied_head(name):
                 continue
             tensor = self.checkpoint.load(name)
             writer.add(name, tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor)
@@ -234,10 +280,10 @@ class Job:
         with self.phases("verify"):
             return verify(directory, self.format, [self.file_name(layer.name) for layer in layers], self.device)
 
-    def _add_layer(self, writer: CheckpointWriter, layer: str, hub: Sparse24Weight) -> None:
+    def _add_layer(self, add: _Add, layer: str, hub: Sparse24Weight) -> None:
         file_name = self.file_name(layer)
         for last, tensor in self.format.from_weight(hub).items():
-            writer.add(f"{file_name}.{last}", tensor)
+            add(f"{file_name}.{last}", tensor)
 
     def _check_layers(self, linears: Mapping[str, nn.Linear]) -> None:
         """Find before the first hour of work what would fail after it."""
@@ -249,7 +295,7 @@ class Job:
                 raise FormatError(
                     f"{name}: 2:4 needs a multiple of 4 input features, got {k}; leave it out with --ignore"
                 )
-            check_group_size(get_scheme(self._recipe.scheme), self._recipe.group, k, name)
+            check_group_size(get_scheme(self.recipe.scheme), self.recipe.group, k, name)
 
     def _check_length(self, length: int) -> None:
         longest = getattr(self._model.config, "max_position_embeddings", None)
@@ -268,7 +314,7 @@ class _Activations:
         self._hidden: list[Tensor] = []
         self._calls: dict[torch.Size, list[BlockCall]] = {}
         if tokens is not None:
-            for batch in tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1])):
+            for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
                 embedded, self._calls[batch.shape] = model.embed(batch)
                 self._hidden.append(embedded)
         self.targets = list(self._hidden)

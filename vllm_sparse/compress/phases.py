@@ -14,26 +14,27 @@ class Phases:
 
     Attributes:
         seconds: by phase, in the order in which they first came.
+        peak_bytes: by phase, the most memory that tensors held on the GPU; empty on a CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.seconds: dict[str, float] = {}
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.peak_bytes: dict[str, int] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Add the time spent inside to phase ``name``."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         started = self._now()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
-
-    def peak_bytes(self) -> int | None:
-        """Return the most memory that tensors held on the GPU, None where there is none."""
-        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else None
+            if self._device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(self._device)
+                self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -14,6 +14,7 @@ from torch import Tensor
 import vllm_sparse
 from vllm_sparse.compress.job import Job
 from vllm_sparse.compress.manifest import Manifest, source_fingerprint
+from vllm_sparse.compress.plan import Plan, make_plan
 from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import Recipe, make_recipe, read_recipe
 from vllm_sparse.compress.report import Report, model_card
@@ -56,16 +57,10 @@ def compress(
         SparseError: every failure a user can cause, as one sentence.
     """
     started = time.monotonic()
-    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
-    given = read_recipe(recipe) if isinstance(recipe, (str, Path)) else dict(recipe or {})
-    plan = make_recipe(given | {name: value for name, value in options.items() if value is not None}, where)
-    if calibration is None and plan.needs_calibration:
-        raise OptionError(f"pruner {plan.pruner} with quantizer {plan.quantizer} needs calibration text")
+    plan = _recipe(recipe, options, calibration)
     with CheckpointWriter(output, force, keep=resume) as writer:
         job = Job(Checkpoint(_directory(model)), plan, _device(device))
-        tokens, described = None, None
-        if calibration is not None and plan.needs_calibration:
-            tokens, described = job.calibration(calibration)
+        tokens, described = job.calibration(calibration)
         manifest = Manifest(writer, _identity(job, plan, described)) if resume else None
         with Progress(len(job.chosen), quiet=quiet) as progress:
             layers = tuple(job.layers(writer, tokens, progress, manifest))
@@ -81,7 +76,7 @@ def compress(
             verification=job.verify(writer.directory, layers),
             seconds=time.monotonic() - started,
             phases=job.phases.seconds,
-            peak_device_bytes=job.phases.peak_bytes(),
+            peak_device_bytes=job.phases.peak_bytes,
             versions=_versions(),
         )
         writer.write_text("report.json", report.to_json())
@@ -89,6 +84,35 @@ def compress(
         if manifest is not None:
             manifest.remove()
     return report
+
+
+def dry_run(
+    model: str | Path,
+    output: str | Path,
+    *,
+    calibration: str | Path | Tensor | None = None,
+    device: str | torch.device | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Plan:
+    """Return what ``compress`` would do with the same arguments. It raises the same errors and writes nothing."""
+    plan = _recipe(recipe, options, calibration)
+    CheckpointWriter(output, force)
+    job = Job(Checkpoint(_directory(model)), plan, _device(device))
+    return make_plan(job, job.calibration(calibration)[0])
+
+
+def _recipe(
+    recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any], calibration: str | Path | Tensor | None
+) -> Recipe:
+    """Return the recipe with ``options`` (None: not given) on top, checked against the calibration text given."""
+    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
+    given = read_recipe(recipe) if isinstance(recipe, (str, Path)) else dict(recipe or {})
+    result = make_recipe(given | {name: value for name, value in options.items() if value is not None}, where)
+    if calibration is None and result.needs_calibration:
+        raise OptionError(f"pruner {result.pruner} with quantizer {result.quantizer} needs calibration text")
+    return result
 
 
 def _identity(job: Job, recipe: Recipe, calibration: Mapping[str, Any] | None) -> dict[str, Any]:

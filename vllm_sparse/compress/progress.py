@@ -46,7 +46,7 @@ class Progress:
             return
         left = (time.monotonic() - self._start) / (self._done - self._skipped) * (self._total - self._done)
         width = len(str(self._total))
-        print(f"[{self._done:{width}d}/{self._total}] {text}  {_clock(left)} left", file=self._stream, flush=True)
+        print(f"[{self._done:{width}d}/{self._total}] {text}  {clock(left)} left", file=self._stream, flush=True)
 
     def skip(self, steps: int, text: str) -> None:
         """Some steps were done in an earlier run, which says nothing about the time of those to come."""
@@ -64,7 +64,8 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a time as minutes and seconds, with hours where there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -51,7 +51,7 @@ class Report:
         seconds: wall time.
         phases: seconds by phase: load, calibrate (the passes that accumulate H), prune (mask and least squares),
             refine, quantize, write, propagate, verify.
-        peak_device_bytes: the most memory that tensors held on the GPU; None on a CPU.
+        peak_device_bytes: the most memory that tensors held on the GPU, by phase; empty on a CPU.
         versions: of this package, torch and transformers.
     """
 
@@ -65,7 +65,7 @@ class Report:
     verification: Verification
     seconds: float
     phases: dict[str, float]
-    peak_device_bytes: int | None
+    peak_device_bytes: dict[str, int]
     versions: dict[str, str]
 
     def to_json(self) -> str:
