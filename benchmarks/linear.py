@@ -1,6 +1,7 @@
 """Time linear layers, this package's kernels against their peers, in one process; one line per shape, one JSON file.
 
     python -m benchmarks.linear --schemes fp8 --out benchmarks/results/h200/linear-fp8.json
+    python -m benchmarks.linear --device cpu --help    # the same for the CPU's kernels (benchmarks/linear_cpu.py)
 
 Weights are rotated so that no cache holds them between calls. On a GPU all calls of a measurement are one CUDA graph,
 and a row is the median of its replays divided by the number of calls.
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import linear_cpu
 from benchmarks.shapes import MODELS, TOKENS
 from vllm_sparse.kernels import choose_kernel
 from vllm_sparse.scheme import get_scheme
@@ -302,23 +304,31 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    by_device = argparse.ArgumentParser(add_help=False)
+    by_device.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device, rest = by_device.parse_known_args()
+    if device.device == "cpu":
+        linear_cpu.main(rest)
+    else:
+        time_gpu(rest)
+
+
+def time_gpu(given: list[str]) -> None:
+    """Time, print and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--schemes", nargs="+", default=["fp8", "bf16"], help="schemes of the rows to time")
     parser.add_argument("--kernels", nargs="+", help="kernels of the rows to time; the rest of --out is kept")
     parser.add_argument("--models", nargs="+", default=["Llama-3.1-8B"], choices=list(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--machine", default="", help="its name in the file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     rows = [
         row
         for row in ROWS
-        if row.device == arguments.device
-        and row.scheme in arguments.schemes
-        and (arguments.kernels is None or row.kernel in arguments.kernels)
+        if row.scheme in arguments.schemes and (arguments.kernels is None or row.kernel in arguments.kernels)
     ]
-    read_tbps = measure_read_tbps() if arguments.device == "cuda" else 0.0
+    read_tbps = measure_read_tbps()
     results = measure(rows, arguments.models, arguments.tokens, read_tbps)
     for model in arguments.models:
         summarize(results, model)
@@ -328,7 +338,7 @@ def main() -> None:
             results = [
                 line for line in json.loads(arguments.out.read_text())["rows"] if line["kernel"] not in done
             ] + results
-        name = arguments.machine or (torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu")
+        name = arguments.machine or torch.cuda.get_device_name()
         report = {"machine": name, "date": datetime.date.today().isoformat(), "versions": versions()}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(

@@ -68,6 +68,14 @@ def throughput_table(summary: Summary) -> str | None:
     return _by_case(summary, "throughput", summary.throughput, lower_is_better=False)
 
 
+def served_tables(summary: Summary) -> list[tuple[str, str]]:
+    """Return (heading, Markdown) of every use case that was served."""
+    return [
+        (f"Serving, {_title(case)}: milliseconds, median / p99", _served_table(summary, case[0]))
+        for case in summary.cases("serve")
+    ]
+
+
 def _served_table(summary: Summary, case: str) -> str:
     limit = summary.data["sla_itl_ms"]
     arrivals = summary.data["arguments"]["arrivals"]
@@ -150,10 +158,7 @@ def sections(summary: Summary) -> list[tuple[str, str]]:
         ("Latency: seconds of one request", latency_table(summary)),
         (f"Throughput: requests per second, {arguments['requests']} at once", throughput_table(summary)),
     ]
-    found += [
-        (f"Serving, {_title(case)}: milliseconds, median / p99", _served_table(summary, case[0]))
-        for case in summary.cases("serve")
-    ]
+    found += served_tables(summary)
     found += [("Accuracy", accuracy_table(summary)), ("Memory", memory_table(summary))]
     return [(heading, text) for heading, text in found if text is not None]
 
