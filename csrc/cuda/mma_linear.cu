@@ -24,8 +24,9 @@ class DeviceGuard {
 
 int round_up_divide(int a, int b) { return (a + b - 1) / b; }
 
+// Divides the work into at most *blocks shares, and says into how many.
 template <typename C>
-Params make_params(const LinearProblem& problem) {
+Params make_params(const LinearProblem& problem, int* blocks) {
     using O = typename C::O;
     Params p;
     p.weight = static_cast<const uint8_t*>(problem.weight);
@@ -43,23 +44,26 @@ Params make_params(const LinearProblem& problem) {
     p.block_bytes = O::kBlockBytes + 2 * kRowBlock * p.groups;
     p.steps = round_up_divide(problem.k, O::kStepColumns);
     p.token_tiles = round_up_divide(problem.m, C::kTokens);
-    p.tiles = round_up_divide(problem.n, kTileRows) * p.token_tiles;
+    const int steps = round_up_divide(problem.n, kTileRows) * p.token_tiles * p.steps;
+    *blocks = steps < *blocks ? steps : *blocks;
+    p.share = steps / *blocks;
+    p.longer = steps % *blocks;
     return p;
 }
 
 template <typename C>
 const char* launch(const LinearProblem& problem, const LinearDevice& device, int blocks_per_sm, cudaStream_t stream) {
-    Params p = make_params<C>(problem);
+    int blocks = device.sm_count * blocks_per_sm;
+    Params p = make_params<C>(problem, &blocks);
     const void* kernel = reinterpret_cast<const void*>(mma_linear_kernel<C>);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    const int64_t steps = static_cast<int64_t>(p.tiles) * p.steps, blocks = device.sm_count * blocks_per_sm;
     cudaLaunchAttribute overlap;
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(steps < blocks ? steps : blocks));
-    config.blockDim = dim3(kThreads);
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(C::kThreads);
     config.dynamicSmemBytes = C::kBytes;
     config.stream = stream;
     config.attrs = &overlap;
@@ -75,18 +79,22 @@ const char* run(const LinearProblem& problem, const LinearDevice& device, int ti
     using O = Operands<W, X>;
     switch (tile) {
         case 0:
-            return launch<Config<O, 1, 1, 1>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 1, 1, 1, 8>>(problem, device, blocks_per_sm, stream);
         case 1:
-            return launch<Config<O, 1, 2, 1>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 1, 2, 1, 8>>(problem, device, blocks_per_sm, stream);
         case 2:
-            return launch<Config<O, 2, 2, 2>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 2, 2, 2, 8>>(problem, device, blocks_per_sm, stream);
         case 3:
-            return launch<Config<O, 2, 4, 2>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 2, 4, 2, 8>>(problem, device, blocks_per_sm, stream);
+        case 5:
+            if constexpr (!O::kWiden) return launch<Config<O, 4, 8, 2, 4>>(problem, device, blocks_per_sm, stream);
+        case 6:
+            if constexpr (!O::kWiden) return launch<Config<O, 4, 4, 2, 4>>(problem, device, blocks_per_sm, stream);
         default:
             if constexpr (O::kWiden) {
                 return "no such tile";
             } else {
-                return launch<Config<O, 4, 4, 4>>(problem, device, blocks_per_sm, stream);
+                return launch<Config<O, 4, 4, 4, 8>>(problem, device, blocks_per_sm, stream);
             }
     }
 }
@@ -130,7 +138,7 @@ int choose_blocks_per_sm(const LinearDevice& device, int tile) {
 }  // namespace
 
 size_t workspace_bytes(int sm_count) {
-    constexpr size_t kPartsPerBlock = 2, kLargestTile = kTileRows * 64 * sizeof(float);
+    constexpr size_t kPartsPerBlock = 2, kLargestTile = kTileRows * 128 * sizeof(float);
     return kCounterBytes + sm_count * kMostBlocksPerSm * kPartsPerBlock * kLargestTile;
 }
 

@@ -19,9 +19,9 @@ constexpr int kRowBlock = 16;
 constexpr int kTileBlocks = kTileRows / kRowBlock;
 constexpr int kValueBytes = 1024;  // of one row block and step, 16 bytes per lane and piece
 constexpr int kPieceBytes = 512;
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kSharedBytes = 96 * 1024;  // of 99 KiB on the smallest GPU
+// Of shared memory: few tokens leave room for the two blocks of the next kernel beside this one's on 228 KiB, so that
+// their first weights travel while this one ends; the others fit the smallest GPU's 99 KiB.
+constexpr int kFewTokens = 16, kFewTokensBytes = 55 * 1024, kSharedBytes = 96 * 1024;
 
 struct Params {
     const uint8_t* weight;
@@ -39,7 +39,7 @@ struct Params {
     int block_bytes;  // of one row block and step
     int steps;        // along k
     int token_tiles;  // consecutive tiles share their weights through L2
-    int tiles;        // row tiles * token_tiles
+    int share, longer;  // steps of every block; the first `longer` blocks have one more
 };
 
 // What is multiplied, W values with X tokens, and what that means for a step.
@@ -58,15 +58,16 @@ struct Operands {
     static constexpr int kBlockBytes = kValueBytes + 128 * kPositionWords;  // without scales, 32 bytes per group
 };
 
-// kI x kJ instructions per warp, kRowWarps x kTokenWarps warps.
-template <typename Operands_, int kI_, int kJ_, int kTokenWarps_>
+// kI x kJ instructions per warp; kTokenWarps of kWarps share the tile's tokens, the others its rows.
+template <typename Operands_, int kI_, int kJ_, int kTokenWarps_, int kWarps_>
 struct Config {
     using O = Operands_;
-    static constexpr int kI = kI_, kJ = kJ_, kTokenWarps = kTokenWarps_;
+    static constexpr int kI = kI_, kJ = kJ_, kTokenWarps = kTokenWarps_, kWarps = kWarps_;
+    static constexpr int kThreads = 32 * kWarps;
     static constexpr int kTokens = 8 * kJ * kTokenWarps;
     static constexpr int kWeightStage = kTileBlocks * (O::kBlockBytes + 32 * O::kMostGroups);
     static constexpr int kTokenStage = kTokens * O::kTokenBytes;
-    static constexpr int kFit = kSharedBytes / (kWeightStage + kTokenStage);
+    static constexpr int kFit = (kTokens <= kFewTokens ? kFewTokensBytes : kSharedBytes) / (kWeightStage + kTokenStage);
     static constexpr int kStages = kFit < 8 ? kFit : 8;
     static constexpr int kBytes = kStages * (kWeightStage + kTokenStage) + 16;
     static_assert(kI * kWarps / kTokenWarps == kTileBlocks && kStages >= 3);
@@ -123,68 +124,140 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, bool bf16) 
 
 // Every block takes an equal, contiguous share of all tiles' steps. A tile cut by a share's edge is summed by the last
 // block to finish its part, always in block order, so that the result does not depend on timing.
-__device__ __forceinline__ int share_begin(int block, const Params& p) {
-    return static_cast<int>(static_cast<int64_t>(block) * p.tiles * p.steps / gridDim.x);
-}
+__device__ __forceinline__ int share_begin(int block, const Params& p) { return block * p.share + min(block, p.longer); }
 
 __device__ __forceinline__ int share_of(int step, const Params& p) {
-    return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) /
-                            (static_cast<int64_t>(p.tiles) * p.steps));
+    const int in_longer = p.longer * (p.share + 1);
+    return step < in_longer ? step / (p.share + 1) : p.longer + (step - in_longer) / p.share;
 }
 
 // A step of this block's share.
 struct Place {
-    int row_tile, token_tile, step;
-    int left;  // steps to the share's end, this one too
+    int row_tile, token_tile;
+    int until;  // steps to the tile's end, this one too
+    int left;   // to the share's end
 
     __device__ __forceinline__ explicit Place(const Params& p) {
         const int first = share_begin(blockIdx.x, p), tile = first / p.steps;
         left = share_begin(blockIdx.x + 1, p) - first;
-        step = first - tile * p.steps;
+        until = p.steps - (first - tile * p.steps);
         row_tile = tile / p.token_tiles;
         token_tile = tile - row_tile * p.token_tiles;
     }
-    __device__ __forceinline__ void next(const Params& p) {
+    // Returns whether a new tile begins.
+    __device__ __forceinline__ bool next(const Params& p) {
         --left;
-        if (++step < p.steps) return;
-        step = 0;
+        if (--until > 0) return false;
+        until = p.steps;
         if (++token_tile == p.token_tiles) token_tile = 0, ++row_tile;
+        return true;
     }
 };
 
 // ---- copies ---------------------------------------------------------------------------------------------------------
 
+// What this thread copies, step after step: its part of the weights and of the tokens.
+//
+// Tokens lie in pieces of 16 bytes, piece ^ token % 8, so that a piece of eight tokens is in different banks. Beyond m
+// and k they are zeros.
 template <typename C>
-__device__ __forceinline__ void fetch_weights(const Params& p, Place& place, uint32_t to) {
-    if (place.left <= 0) return;
-    const int bytes = kTileBlocks * p.block_bytes;
-    const uint8_t* from = p.weight + (static_cast<int64_t>(place.row_tile) * p.steps + place.step) * bytes;
-#pragma unroll
-    for (int i = 0; i < (C::kWeightStage + 16 * kThreads - 1) / (16 * kThreads); ++i) {
-        const int at = 16 * (i * kThreads + threadIdx.x);
-        if (at < bytes) ptx::copy_async_16(to + at, from + at, 16);
+class Feed {
+ public:
+    __device__ __forceinline__ Feed(const Params& p, const Place& place, uint32_t weight_stages, uint32_t token_stages)
+        : ahead_(place),
+          weights_to_(ptx::keep(weight_stages + 16 * threadIdx.x)),
+          tokens_to_(ptx::keep(token_stages + threadIdx.x / kPieces * C::O::kTokenBytes +
+                               (threadIdx.x % kPieces ^ (threadIdx.x / kPieces & 7)) * 16)),
+          step_bytes_(kTileBlocks * p.block_bytes),
+          row_bytes_(p.k * static_cast<int>(sizeof(typename C::O::X))),
+          weights_(p.weight + (static_cast<int64_t>(place.row_tile + 1) * p.steps - place.until) * step_bytes_ +
+                   16 * threadIdx.x) {
+        enter_tile(p);
     }
-    place.next(p);
-}
 
-// Pieces of 16 bytes, piece ^ token % 8, so that a piece of eight tokens lies in different banks. Zeros beyond m and k.
-template <typename C>
-__device__ __forceinline__ void fetch_tokens(const Params& p, Place& place, uint32_t to) {
-    if (place.left <= 0) return;
-    constexpr int kPieces = C::O::kTokenBytes / 16;
-    const int row_bytes = p.k * static_cast<int>(sizeof(typename C::O::X));
-    const int token0 = place.token_tile * C::kTokens;
-#pragma unroll
-    for (int i = 0; i < (C::kTokens * kPieces + kThreads - 1) / kThreads; ++i) {
-        const int at = i * kThreads + threadIdx.x, token = at / kPieces, piece = at % kPieces;
-        if (C::kTokens * kPieces % kThreads != 0 && token >= C::kTokens) break;
-        const int column = place.step * C::O::kTokenBytes + 16 * piece;
-        const bool inside = token0 + token < p.m && column < row_bytes;
-        const uint8_t* from = p.x + (inside ? static_cast<int64_t>(token0 + token) * row_bytes + column : 0);
-        ptx::copy_async_16(to + token * C::O::kTokenBytes + (piece ^ (token & 7)) * 16, from, inside ? 16 : 0);
+    // The weights of the first stages, one after the other in shared memory.
+    __device__ __forceinline__ void begin_weights(const Params& p) {
+        Place place = ahead_;
+        for (int stage = 0; stage < C::kStages - 1 && place.left > 0; ++stage) {
+            copy_weights(stage);
+            next_weights(p, place, place.next(p));
+        }
     }
-    place.next(p);
-}
+
+    // Their tokens; each stage is a group of copies.
+    __device__ __forceinline__ void begin_tokens(const Params& p) {
+        for (int stage = 0; stage < C::kStages - 1; ++stage) {
+            if (ahead_.left > 0) {
+                copy_tokens(stage);
+                next_tokens(p, ahead_.next(p));
+            }
+            ptx::copy_async_commit();
+        }
+    }
+
+    __device__ __forceinline__ void copy(const Params& p, int stage) {
+        if (ahead_.left > 0) {
+            copy_weights(stage);
+            copy_tokens(stage);
+            const bool entered = ahead_.next(p);
+            next_weights(p, ahead_, entered);
+            next_tokens(p, entered);
+        }
+        ptx::copy_async_commit();
+    }
+
+ private:
+    static constexpr int kPieces = C::O::kTokenBytes / 16, kRows = C::kThreads / kPieces;
+
+    __device__ __forceinline__ void copy_weights(int stage) const {
+        const uint32_t to = weights_to_ + stage * C::kWeightStage;
+#pragma unroll
+        for (int i = 0; i < (C::kWeightStage + 16 * C::kThreads - 1) / (16 * C::kThreads); ++i) {
+            const bool whole = 16 * (i + 1) * C::kThreads <= kTileBlocks * C::O::kBlockBytes;
+            if (whole || 16 * (i * C::kThreads + static_cast<int>(threadIdx.x)) < step_bytes_) {
+                ptx::copy_async_16(to + 16 * i * C::kThreads, weights_ + 16 * i * C::kThreads, 16);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void copy_tokens(int stage) const {
+        const uint32_t to = tokens_to_ + stage * C::kTokenStage;
+#pragma unroll
+        for (int i = 0; i < (C::kTokens + kRows - 1) / kRows; ++i) {
+            if (C::kTokens < kRows && threadIdx.x >= C::kTokens * kPieces) break;
+            const bool inside = column_ < row_bytes_ && i * kRows < tokens_left_;
+            ptx::copy_async_16(to + i * kRows * C::O::kTokenBytes, tokens_ + i * kRows * static_cast<int64_t>(row_bytes_),
+                               inside ? 16 : 0);
+        }
+    }
+
+    // The steps of a tile follow those of the tile before, unless both are of the same rows.
+    __device__ __forceinline__ void next_weights(const Params& p, const Place& place, bool entered) {
+        weights_ += step_bytes_;
+        if (entered && place.token_tile > 0) weights_ -= static_cast<int64_t>(p.steps) * step_bytes_;
+    }
+
+    __device__ __forceinline__ void next_tokens(const Params& p, bool entered) {
+        tokens_ += C::O::kTokenBytes;
+        column_ += C::O::kTokenBytes;
+        if (entered) enter_tile(p);
+    }
+
+    __device__ __forceinline__ void enter_tile(const Params& p) {
+        const int token = ahead_.token_tile * C::kTokens + threadIdx.x / kPieces;
+        column_ = (p.steps - ahead_.until) * C::O::kTokenBytes + 16 * (threadIdx.x % kPieces);
+        tokens_left_ = p.m - token;
+        tokens_ = p.x + static_cast<int64_t>(token) * row_bytes_ + column_;
+    }
+
+    Place ahead_;
+    uint32_t weights_to_, tokens_to_;  // in the first stage
+    int step_bytes_, row_bytes_;
+    const uint8_t* weights_;
+    const uint8_t* tokens_;
+    int tokens_left_;  // from this thread's first to the last
+    int column_;       // in bytes
+};
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
@@ -199,30 +272,34 @@ __device__ __forceinline__ void clear(Sum (&sums)[kI][kJ][4]) {
 
 // The sparse operand of one unit.
 template <typename O>
-__device__ __forceinline__ void load_values(uint32_t (&a)[4], const uint8_t* block, int unit, int lane) {
+__device__ __forceinline__ void load_values(uint32_t (&a)[4], uint32_t from, int unit) {
     if constexpr (O::kWiden) {
-        const uint2 words = reinterpret_cast<const uint2*>(block + unit / 2 * kPieceBytes)[2 * lane + unit % 2];
+        const uint2 words = ptx::load_shared_8(from + unit / 2 * kPieceBytes + 8 * (unit % 2));
         a[0] = widen<typename O::X, false>(words.x, typename O::W());
         a[1] = widen<typename O::X, true>(words.x, typename O::W());
         a[2] = widen<typename O::X, false>(words.y, typename O::W());
         a[3] = widen<typename O::X, true>(words.y, typename O::W());
     } else {
-        const uint4 words = reinterpret_cast<const uint4*>(block + unit * kPieceBytes)[lane];
+        const uint4 words = ptx::load_shared_16(from + unit * kPieceBytes);
         a[0] = words.x, a[1] = words.y, a[2] = words.z, a[3] = words.w;
     }
 }
 
+// A lane's positions of one step.
 template <typename O>
-__device__ __forceinline__ uint32_t load_positions(const uint8_t* block, int unit, int lane) {
-    const int word = sizeof(typename O::X) == 1 ? unit : unit / 2;
-    return reinterpret_cast<const uint32_t*>(block + kValueBytes)[lane * O::kPositionWords + word];
+__device__ __forceinline__ void load_positions(uint32_t (&words)[O::kPositionWords], uint32_t from) {
+    if constexpr (O::kPositionWords == 2) {
+        const uint2 pair = ptx::load_shared_8(from);
+        words[0] = pair.x, words[1] = pair.y;
+    } else {
+        words[0] = ptx::load_shared_4(from);
+    }
 }
 
 // sums += scales of a group * part, part = 0.
 template <typename O, int kJ>
-__device__ __forceinline__ void fold(float (&sums)[kJ][4], float (&part)[kJ][4], const uint8_t* scales, int group,
-                                     int groups, int lane) {
-    const float2 scale = unpack(reinterpret_cast<const uint32_t*>(scales)[lane / 4 * groups + group], typename O::X());
+__device__ __forceinline__ void fold(float (&sums)[kJ][4], float (&part)[kJ][4], uint32_t scales) {
+    const float2 scale = unpack(ptx::load_shared_4(scales), typename O::X());
 #pragma unroll
     for (int j = 0; j < kJ; ++j) {
         sums[j][0] += scale.x * part[j][0], sums[j][1] += scale.x * part[j][1];
@@ -231,41 +308,58 @@ __device__ __forceinline__ void fold(float (&sums)[kJ][4], float (&part)[kJ][4],
     }
 }
 
+// Where this thread reads its fragments in the first stage.
+template <typename C>
+struct Fragments {
+    uint32_t values, positions, scales, tokens;
+
+    __device__ __forceinline__ Fragments(const Params& p, uint32_t weight_stages, uint32_t token_stages) {
+        using O = typename C::O;
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const uint32_t block = weight_stages + warp / C::kTokenWarps * C::kI * p.block_bytes;
+        values = ptx::keep(block + 16 * lane);
+        positions = ptx::keep(block + kValueBytes + 4 * O::kPositionWords * lane);
+        scales = O::kWiden ? ptx::keep(block + O::kBlockBytes + 4 * (lane / 4) * p.groups) : 0;
+        tokens = ptx::keep(token_stages + (warp % C::kTokenWarps * 8 * C::kJ + lane % 8) * O::kTokenBytes +
+                           16 * (lane / 8 ^ lane % 8));
+    }
+};
+
 // part += one step; with group scales, sums += part at each group's end.
 template <typename C>
 __device__ __forceinline__ void multiply_step(const Params& p, typename C::O::Sum (&sums)[C::kI][C::kJ][4],
-                                              typename C::O::Sum (&part)[C::kI][C::kJ][4], const uint8_t* weights,
-                                              uint32_t tokens) {
+                                              typename C::O::Sum (&part)[C::kI][C::kJ][4], const Fragments<C>& from,
+                                              int stage) {
     using O = typename C::O;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint8_t* block = weights + warp / C::kTokenWarps * C::kI * p.block_bytes;
-    const uint32_t token_row = tokens + (warp % C::kTokenWarps * 8 * C::kJ + lane % 8) * O::kTokenBytes;
+    const uint32_t weights = stage * C::kWeightStage, tokens = from.tokens + stage * C::kTokenStage;
+    uint32_t positions[C::kI][O::kPositionWords];
+#pragma unroll
+    for (int i = 0; i < C::kI; ++i) load_positions<O>(positions[i], from.positions + weights + i * p.block_bytes);
 #pragma unroll
     for (int unit = 0; unit < O::kUnits; ++unit) {
         uint32_t b[C::kJ][4];
 #pragma unroll
         for (int j = 0; j < C::kJ; ++j) {
-            const int piece = (4 * unit + lane / 8) ^ (lane % 8);
-            ptx::load_matrices(b[j], token_row + 8 * j * O::kTokenBytes + 16 * piece);
+            // Pieces 4 unit + lane / 8, swizzled.
+            ptx::load_matrices(b[j], (tokens ^ (unit % 2 * 64)) + unit / 2 * 128 + 8 * j * O::kTokenBytes);
         }
 #pragma unroll
         for (int i = 0; i < C::kI; ++i) {
-            const uint8_t* mine = block + i * p.block_bytes;
+            const uint32_t block = weights + i * p.block_bytes;
             uint32_t a[4];
-            load_values<O>(a, mine, unit, lane);
-            const uint32_t positions = load_positions<O>(mine, unit, lane);
+            load_values<O>(a, from.values + block, unit);
+            const uint32_t word = positions[i][sizeof(typename O::X) == 1 ? unit : unit / 2];
 #pragma unroll
             for (int j = 0; j < C::kJ; ++j) {
                 if (unit % 2 == 0) {
-                    ptx::mma_sparse<0>(part[i][j], a, b[j], positions, typename O::X());
+                    ptx::mma_sparse<0>(part[i][j], a, b[j], word, typename O::X());
                 } else {
-                    ptx::mma_sparse<1>(part[i][j], a, b[j], positions, typename O::X());
+                    ptx::mma_sparse<1>(part[i][j], a, b[j], word, typename O::X());
                 }
             }
             if constexpr (O::kWiden) {
                 if ((unit + 1) * p.groups % O::kUnits == 0 && p.groups > 0) {
-                    fold<O>(sums[i], part[i], mine + O::kBlockBytes, (unit + 1) * p.groups / O::kUnits - 1, p.groups,
-                            lane);
+                    fold<O>(sums[i], part[i], from.scales + block + 4 * ((unit + 1) * p.groups / O::kUnits - 1));
                 }
             }
         }
@@ -330,7 +424,7 @@ __device__ __forceinline__ bool add_parts(const Params& p, typename C::O::Sum (&
     const int first = share_of(tile * p.steps, p), final = share_of((tile + 1) * p.steps - 1, p);
     // A block leaves at most two parts: number 0 of a tile begun before its share, 1 of one that ends after it.
     const auto part = [&](int block) {
-        return p.partials + static_cast<int64_t>(2 * block + (block == first)) * (C::kI * C::kJ * kThreads) +
+        return p.partials + static_cast<int64_t>(2 * block + (block == first)) * (C::kI * C::kJ * C::kThreads) +
                threadIdx.x;
     };
     uint4* mine = part(blockIdx.x);
@@ -340,18 +434,17 @@ __device__ __forceinline__ bool add_parts(const Params& p, typename C::O::Sum (&
         for (int j = 0; j < C::kJ; ++j) {
             const Sum(&c)[4] = sums[i][j];
             if (8 * j < tokens) {
-                __stcg(mine + (i * C::kJ + j) * kThreads,
+                __stcg(mine + (i * C::kJ + j) * C::kThreads,
                        make_uint4(bit_cast<uint32_t>(c[0]), bit_cast<uint32_t>(c[1]), bit_cast<uint32_t>(c[2]),
                                   bit_cast<uint32_t>(c[3])));
             }
         }
     }
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        *last = atomicAdd(p.counters + first, 1) == final - first;
+        // Releases what all threads of this block have written before the barrier, acquires what other blocks' have.
+        *last = ptx::add_acquire_release(p.counters + first, 1) == final - first;
         if (*last) p.counters[first] = 0;
-        __threadfence();
     }
     __syncthreads();
     if (!*last) return false;
@@ -364,7 +457,7 @@ __device__ __forceinline__ bool add_parts(const Params& p, typename C::O::Sum (&
 #pragma unroll
             for (int j = 0; j < C::kJ; ++j) {
                 if (8 * j >= tokens) continue;
-                const uint4 c = __ldcg(parts + (i * C::kJ + j) * kThreads);
+                const uint4 c = __ldcg(parts + (i * C::kJ + j) * C::kThreads);
                 sums[i][j][0] += bit_cast<Sum>(c.x), sums[i][j][1] += bit_cast<Sum>(c.y);
                 sums[i][j][2] += bit_cast<Sum>(c.z), sums[i][j][3] += bit_cast<Sum>(c.w);
             }
@@ -412,42 +505,34 @@ __device__ __forceinline__ void multiply(const Params& p) {
     using Sum = typename C::O::Sum;
     uint8_t* token_stages = shared + C::kStages * C::kWeightStage;
     int* last = reinterpret_cast<int*>(token_stages + C::kStages * C::kTokenStage);
-    const uint32_t weights_to = ptx::shared_address(shared), tokens_to = ptx::shared_address(token_stages);
-    Place now(p), weights = now, tokens = now;
-    // Weights depend on no other kernel, so that the first of them travel while the previous kernel still runs.
+    const uint32_t weight_address = ptx::shared_address(shared), token_address = ptx::shared_address(token_stages);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     ptx::launch_dependents();
 #endif
-    for (int stage = 0; stage < C::kStages - 1; ++stage) {
-        fetch_weights<C>(p, weights, weights_to + stage * C::kWeightStage);
-    }
+    Place now(p);
+    Feed<C> feed(p, now, weight_address, token_address);
+    // Weights depend on no other kernel, so that the first of them travel while the previous kernel still runs.
+    feed.begin_weights(p);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     ptx::wait_for_dependencies();
 #endif
-    for (int stage = 0; stage < C::kStages - 1; ++stage) {
-        fetch_tokens<C>(p, tokens, tokens_to + stage * C::kTokenStage);
-        ptx::copy_async_commit();
-    }
+    feed.begin_tokens(p);
+    const Fragments<C> fragments(p, weight_address, token_address);
     Sum part[C::kI][C::kJ][4], grouped[C::O::kWiden ? C::kI : 1][C::O::kWiden ? C::kJ : 1][4];
     clear(part), clear(grouped);
-    int begin = now.step, stage = 0;
+    int begin = p.steps - now.until, stage = 0;
     while (now.left > 0) {
         ptx::copy_async_wait_group<C::kStages - 2>();
         __syncthreads();
-        const int freed = stage == 0 ? C::kStages - 1 : stage - 1;
-        fetch_weights<C>(p, weights, weights_to + freed * C::kWeightStage);
-        fetch_tokens<C>(p, tokens, tokens_to + freed * C::kTokenStage);
-        ptx::copy_async_commit();
-        const uint8_t* values = shared + stage * C::kWeightStage;
         if constexpr (C::O::kWiden) {
-            multiply_step<C>(p, grouped, part, values, tokens_to + stage * C::kTokenStage);
+            multiply_step<C>(p, grouped, part, fragments, stage);
         } else {
-            multiply_step<C>(p, part, part, values, tokens_to + stage * C::kTokenStage);
+            multiply_step<C>(p, part, part, fragments, stage);
         }
+        feed.copy(p, stage == 0 ? C::kStages - 1 : stage - 1);
         stage = stage + 1 == C::kStages ? 0 : stage + 1;
         const Place done = now;
-        now.next(p);
-        if (now.left > 0 && now.step > 0) continue;
+        if (!now.next(p) && now.left > 0) continue;
         if constexpr (C::O::kWiden) {
 #pragma unroll
             for (int i = 0; i < C::kI * C::kJ * 4; ++i) {
@@ -455,14 +540,24 @@ __device__ __forceinline__ void multiply(const Params& p) {
             }
             clear(grouped);
         }
-        finish_tile<C>(p, part, done, begin, done.step + 1, last);
+        finish_tile<C>(p, part, done, begin, p.steps - done.until + 1, last);
         clear(part);
         begin = 0;
     }
 }
 
+// Blocks that a multiprocessor's registers must have room for.
 template <typename C>
-__global__ __launch_bounds__(kThreads, 1) void mma_linear_kernel(const __grid_constant__ Params p) {
+constexpr int least_blocks() {
+#ifdef __CUDA_ARCH__
+    if (std::is_same_v<typename C::O::X, __nv_fp8_e4m3> && emulates_fp8(__CUDA_ARCH__ / 10)) return 1;
+#endif
+    if (C::O::kWiden) return C::kTokens <= 8 ? 4 : C::kTokens <= 32 ? 2 : 1;
+    return C::kTokens <= kFewTokens ? 4 : C::kI * C::kJ * C::kWarps <= 64 || C::kWarps <= 4 ? 2 : 1;
+}
+
+template <typename C>
+__global__ __launch_bounds__(C::kThreads, least_blocks<C>()) void mma_linear_kernel(const __grid_constant__ Params p) {
     if constexpr (is_compiled<C>()) multiply<C>(p);
 }
 

@@ -25,6 +25,34 @@ __device__ __forceinline__ void copy_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+// The same word, of which the compiler no longer knows how it was made: it stays in its register.
+__device__ __forceinline__ uint32_t keep(uint32_t word) {
+    asm volatile("" : "+r"(word));
+    return word;
+}
+
+// ---- shared memory by 32-bit addresses -------------------------------------------------------------------------------
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_8(uint32_t address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+
 // ---- fragments ------------------------------------------------------------------------------------------------------
 // Four 8x8 matrices of 16-bit values: lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], uint32_t address) {
@@ -78,5 +106,12 @@ __device__ __forceinline__ void mma_sparse(float (&d)[4], const uint32_t (&a)[4]
 }
 
 #undef VLLM_SPARSE_MMA_SP
+
+// ---- other blocks ---------------------------------------------------------------------------------------------------
+__device__ __forceinline__ int add_acquire_release(int* counter, int value) {
+    int before;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(value) : "memory");
+    return before;
+}
 
 }  // namespace vllm_sparse::ptx
