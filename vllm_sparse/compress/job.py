@@ -23,8 +23,8 @@ from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
 from vllm_sparse.errors import FormatError, OptionError
-from vllm_sparse.formats.names import is_ignored
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
+from vllm_sparse.formats.names import is_ignored
 from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
 from vllm_sparse.weight import Sparse24Weight
