@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "cuda/fp8_linear.h"
+#include "cuda/quantize.h"
 #include "cuda/w4a16.h"
 
 namespace py = pybind11;
@@ -43,6 +44,12 @@ void fp8_linear(Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_
     check("fp8_linear", vllm_sparse::fp8::linear(arguments, configuration, programmatic, at<void>(stream)));
 }
 
+void fp8_quantize(Pointer x, bool half, Pointer codes, Pointer scale, int m, int k, int device, Pointer stream) {
+    const vllm_sparse::fp8::QuantizeArguments arguments{
+        at<const void>(x), half, at<void>(codes), at<float>(scale), m, k, device};
+    check("fp8_quantize", vllm_sparse::fp8::quantize(arguments, at<void>(stream)));
+}
+
 void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m,
                   int n, int k, int group_size, bool bf16, int kernel, int slices, int device, int sm_count,
                   int capability, bool overlap, Pointer stream) {
@@ -75,6 +82,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("fp8_choose_configuration", &vllm_sparse::fp8::choose_configuration, py::arg("m"), py::arg("n"),
                py::arg("k"), py::arg("multiprocessors"));
     module.def("fp8_linear", fp8_linear);
+    module.def("fp8_quantize", fp8_quantize);
     module.def("w4a16_workspace_bytes", &vllm_sparse::w4a16_workspace_bytes, py::arg("sm_count"));
     module.def("w4a16_linear", w4a16_linear);
 }
