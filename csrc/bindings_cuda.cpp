@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "cuda/hopper_linear.h"
+#include "cuda/mma_linear.h"
 #include "cuda/quantize.h"
 #include "cuda/w4a16.h"
 
@@ -71,6 +72,30 @@ void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias
     check("w4a16_linear", vllm_sparse::w4a16_linear(problem, where, at<CUstream_st>(stream)));
 }
 
+void mma_linear(Pointer x, Pointer x_scale, bool x_scale_per_token, Pointer weight, Pointer channel_scale, Pointer bias,
+                Pointer y, Pointer workspace, int m, int n, int k, int group_size, int weight_type, int x_type,
+                int y_type, int tile, int device, int sm_count, int capability, bool overlap, Pointer stream) {
+    using vllm_sparse::mma::Number;
+    const vllm_sparse::mma::LinearProblem problem{at<const void>(x),
+                                                  at<const float>(x_scale),
+                                                  x_scale_per_token,
+                                                  at<const void>(weight),
+                                                  at<const float>(channel_scale),
+                                                  at<const void>(bias),
+                                                  at<void>(y),
+                                                  at<void>(workspace),
+                                                  m,
+                                                  n,
+                                                  k,
+                                                  group_size,
+                                                  static_cast<Number>(weight_type),
+                                                  static_cast<Number>(x_type),
+                                                  static_cast<Number>(y_type),
+                                                  tile};
+    const vllm_sparse::mma::LinearDevice where{device, sm_count, capability, overlap};
+    check("mma_linear", vllm_sparse::mma::linear(problem, where, at<CUstream_st>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
@@ -94,4 +119,6 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("fp8_quantize", fp8_quantize);
     module.def("w4a16_workspace_bytes", &vllm_sparse::w4a16_workspace_bytes, py::arg("sm_count"));
     module.def("w4a16_linear", w4a16_linear);
+    module.def("mma_workspace_bytes", &vllm_sparse::mma::workspace_bytes, py::arg("sm_count"));
+    module.def("mma_linear", mma_linear);
 }

@@ -8,6 +8,7 @@ from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import Kernel
 from vllm_sparse.kernels.cpu import CpuKernel, CpuW4A8Kernel
 from vllm_sparse.kernels.cuda_hopper import CudaBf16Kernel, CudaFp8Kernel, CudaInt8Kernel
+from vllm_sparse.kernels.cuda_mma import CudaMmaFp8A16Kernel, CudaMmaKernel
 from vllm_sparse.kernels.cuda_w4a16 import CudaW4A16Kernel
 from vllm_sparse.kernels.reference import ReferenceKernel
 from vllm_sparse.weight import LinearSpec
@@ -18,6 +19,8 @@ KERNELS: tuple[Kernel, ...] = (
     CudaInt8Kernel(),
     CudaBf16Kernel(),
     CudaW4A16Kernel(),
+    CudaMmaKernel(),
+    CudaMmaFp8A16Kernel(),
     CpuKernel(),
     ReferenceKernel(),
     CpuW4A8Kernel(),

@@ -114,6 +114,28 @@ def _quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
+def quantize_now(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantize ``x`` ``[m, k]`` to e4m3 or int8 inside an op, where there is nothing to fuse with.
+
+    Args:
+        scale: static scale ``[1]``, or None for one per token.
+    """
+    if dtype == torch.int8 or not x.is_cuda:
+        return _quantize_int8(x, scale) if dtype == torch.int8 else quantize_activations(x, dtype, scale)
+    from vllm._custom_ops import scaled_fp8_quant
+
+    return scaled_fp8_quant(x, scale, use_per_token_if_dynamic=True)
+
+
+def routed_experts_class() -> type | None:
+    """Return the class of the layers that hold a mixture's experts, None where vLLM has another."""
+    try:
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    except ImportError:
+        return None
+    return RoutedExperts
+
+
 def serve(arguments: Sequence[str]) -> None:
     """Run ``vllm serve`` with ``arguments``; returns when the server ends.
 
