@@ -87,7 +87,7 @@ def activation_quantizer(dtype: torch.dtype, static: bool) -> Quantizer:
     """Return ``f(x [m, k], static scale or None) -> (codes, scales)`` for ``dtype``, e4m3 or int8.
 
     Dynamic e4m3 goes through our op where there is one, else through vLLM's, which its compiler fuses with the RMSNorm
-    or SiLU before it: the fused reduction takes longer at few tokens (docs/decisions/0046).
+    or SiLU before it: the fused reduction takes longer at few tokens (docs/decisions/0062).
     """
     if dtype == torch.int8:
         return _quantize_int8
