@@ -447,7 +447,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
         __syncwarp();
         sync_blocks();
-        ptx::launch_dependents();
+        // With many tokens the next kernel would take room from this one's blocks for longer than it saves.
+        if (args.token_tiles == 1) ptx::launch_dependents();
         if (leader) {
             while (tile < args.tiles) {
                 ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
