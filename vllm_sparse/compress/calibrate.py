@@ -38,12 +38,15 @@ class BlockHessians:
         self._seen.clear()
 
     def groups(self) -> Iterator[tuple[tuple[str, ...], Tensor | None, int]]:
-        """Yield the layers that share an input, its H, and its number of tokens: (None, 0) when there were none."""
+        """Yield the layers that share an input, its H, and its number of tokens: (None, 0) when there were none.
+
+        Each H is handed out once, so that only those still to come are held.
+        """
         members: dict[str, list[str]] = {}
         for name in self._linears:
             members.setdefault(self._leader.get(name, name), []).append(name)
         for leader, names in members.items():
-            hessian = self._hessians.get(leader)
+            hessian = self._hessians.pop(leader, None)
             h, tokens = (None, 0) if hessian is None else (hessian.matrix(leader), hessian.tokens)
             yield tuple(names), h, tokens
 

@@ -85,7 +85,7 @@ class Inputs:
     def __init__(self, h: Tensor | None, tokens: int, recipe: Recipe, layers: str) -> None:
         self.h = h
         self.tokens = tokens
-        self.damped = None if h is None else damp(h, recipe.dampening, layers)
+        self.damped = None if h is None else damp(h, recipe.dampening, layers, invert=recipe.pruner == "sparsegpt")
 
     def note(self, recipe: Recipe, k: int) -> str:
         """Return what a reader of the report should know, or nothing."""
@@ -117,8 +117,9 @@ def prune_layers(weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe) 
     pruned = Pruned(weights, sparse, mask, {})
     if damped is not None and recipe.squares_iterations:
         pruned.sparse = least_squares(weight, sparse, mask, damped.h, recipe.squares_iterations)
+        exact = damped.h.double()
         pruned.ratios = {
-            name: optimum_ratio(weight[rows], pruned.sparse[rows], mask[rows], damped.h) for name, rows in pruned.rows()
+            name: optimum_ratio(weight[rows], pruned.sparse[rows], mask[rows], exact) for name, rows in pruned.rows()
         }
     return pruned
 
