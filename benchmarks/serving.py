@@ -39,8 +39,8 @@ PRESETS = {
     "cpu-1b": [
         *("--dummy", str(HERE / "llama-3.2-1b.json")),
         *("--variants", "bf16", "sparse24-bf16", "sparse24-w4a16"),
-        *("--suite", "serve", "--batch-use-case", "chat", "--arrivals", "none"),
-        *("--repeats", "3", "--rounds", "1", "--requests", "2", "--startup-seconds", "600"),
+        *("--suite", "latency", "--use-case", "chat", "--repeats", "2", "--rounds", "1", "--startup-seconds", "600"),
+        *("--engine-args", "--enforce-eager "),
     ],
 }  # fmt: skip
 LOG_LINES = 60
