@@ -113,9 +113,11 @@ def _workspace(device: torch.device) -> Tensor | None:
 
 def _make_graph_workspace(device: torch.device) -> None:
     sm_count, capability = _device(device.index)
-    if capability != 90 and (device.index, _GRAPHS) not in _workspaces:
-        size = _cuda.w4a16_workspace_bytes(sm_count)
-        _workspaces[device.index, _GRAPHS] = torch.zeros(size, dtype=torch.uint8, device=device)
+    if capability == 90:
+        return
+    key, size = (device.index, _GRAPHS), _cuda.w4a16_workspace_bytes(sm_count)
+    found = _workspaces.setdefault(key, torch.zeros(size, dtype=torch.uint8, device=device))
+    found.zero_()  # again for a reload, after a sleep that lost its contents
 
 
 def _linear(
