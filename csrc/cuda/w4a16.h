@@ -26,8 +26,10 @@ enum class W4A16Kernel : int {
     kWgmma32 = 6,
     kWgmma64 = 7,
     kWgmma128 = 8,
+    kStream8 = 9,  // mma.sp (sm_90a), 256 rows x 8 tokens, the next kernel's block beside this one's
+    kStream16 = 10,
 };
-constexpr int kW4A16Kernels = 9;
+constexpr int kW4A16Kernels = 11;
 
 struct W4A16Problem {
     const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned
@@ -55,8 +57,9 @@ size_t w4a16_workspace_bytes(int sm_count);
 
 const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
 
-// The two families behind it; problem.kernel must name one of theirs.
+// The three families behind it; problem.kernel must name one of theirs.
 const char* w4a16_mma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
 const char* w4a16_wgmma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
+const char* w4a16_stream(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
 
 }  // namespace vllm_sparse

@@ -38,6 +38,8 @@ struct Params {
     int token_tiles;  // tiles along m; consecutive tiles share their weights through L2
     int tiles;        // row tiles * token_tiles
     int slices;       // Sliced: how many blocks (one cluster) share the steps of a tile
+    int share;        // StreamK: steps of a block
+    int longer;       // StreamK: how many blocks, the first ones, have one step more
 };
 
 // A block's work: for each of its tiles the steps [begin, end).
@@ -46,12 +48,12 @@ struct Params {
 // the last block to finish its part, always in block order, so that the result does not depend on timing.
 
 __device__ __forceinline__ int share_begin(int block, const Params& p) {
-    return static_cast<int>(static_cast<int64_t>(block) * p.tiles * p.steps / gridDim.x);
+    return block * p.share + min(block, p.longer);
 }
 
 __device__ __forceinline__ int share_of(int step, const Params& p) {
-    return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) /
-                            (static_cast<int64_t>(p.tiles) * p.steps));
+    const int in_longer = p.longer * (p.share + 1);
+    return step < in_longer ? step / (p.share + 1) : p.longer + (step - in_longer) / p.share;
 }
 
 struct StreamK {
@@ -500,6 +502,7 @@ inline const char* launch(const Launch& how, Params p, const W4A16Problem& probl
         const char* error = describe_tokens(problem, tile_tokens, &token_map);
         if (error != nullptr) return error;
     }
+    p.share = p.tiles * p.steps / how.blocks, p.longer = p.tiles * p.steps % how.blocks;
     cudaError_t error = cudaFuncSetAttribute(how.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
     cudaLaunchAttribute attributes[2];

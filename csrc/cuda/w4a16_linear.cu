@@ -63,8 +63,10 @@ const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device,
     if (chosen.kernel == W4A16Kernel::kAuto) {
         chosen.kernel = device.capability == 90 ? choose(kHopper, problem.m) : choose(kPortable, problem.m);
     }
-    if (chosen.kernel >= W4A16Kernel::kWgmma8) return w4a16_wgmma(chosen, device, stream);
+    const bool wgmma = chosen.kernel >= W4A16Kernel::kWgmma8 && chosen.kernel <= W4A16Kernel::kWgmma128;
+    if (wgmma) return w4a16_wgmma(chosen, device, stream);
     if (problem.workspace == nullptr) return "w4a16: the mma.sp kernels need a workspace";
+    if (chosen.kernel >= W4A16Kernel::kStream8) return w4a16_stream(chosen, device, stream);
     return w4a16_mma(chosen, device, stream);
 }
 
