@@ -10,7 +10,7 @@ namespace vllm_sparse::w4a16 {
 namespace {
 
 #ifndef STREAM_SHARED
-#define STREAM_SHARED 111
+#define STREAM_SHARED 112
 #endif
 #ifndef STREAM_SETS
 #define STREAM_SETS 2
@@ -47,10 +47,12 @@ struct Config {
     static constexpr int kTokens = 8 * kJ;
     static constexpr int kTokenBytes = 2 * kTokens * kStep;
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
-    static constexpr int kExchangeBytes = kSets == 1 ? 0 : kBlocks * kJ * 512;
-    static constexpr int kFit = (STREAM_SHARED * 1024 + 512 - kExchangeBytes - 2048) / (kTokenBytes + kWeightBytes);
-    static constexpr int kStages = kFit < 14 ? kFit : 14;
+    static constexpr int kExchangeBytes = kSets == 1 ? 0 : kBlocks * 512;
+    static constexpr int kFit = (STREAM_SHARED * 1024 - kExchangeBytes - 1024 - 512) / (kTokenBytes + kWeightBytes);
+    // Every stage belongs to one set, whose warps never wait for a barrier more than one phase ahead of it.
+    static constexpr int kStages = (kFit < 14 ? kFit : 14) / kSets * kSets;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
+    using Work = StreamK<kBlocks, kTokens>;
     static constexpr int kExchange = (Memory::kLast + 16 + 127) / 128 * 128;
     static constexpr int kSharedBytes = kExchange + kExchangeBytes + 1024;
 };
@@ -154,41 +156,37 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
     }
 }
 
-// The two sets swap halves of their row blocks: set 0 gets the sums of the first ones, set 1 of the others.
+// The two sets swap halves of their row blocks, 8 tokens at a time: set 0 gets the sums of the first ones, set 1 of the
+// others.
 template <typename C>
-__device__ __forceinline__ void exchange(float (&sum)[C::kI / C::kSets][C::kJ][4], const float (&acc)[C::kI][C::kJ][4], float4* memory,
-                                         int set, int row_warp) {
-    if constexpr (C::kSets == 1) {
-        for (int i = 0; i < C::kI; ++i) for (int j = 0; j < C::kJ; ++j) for (int c = 0; c < 4; ++c) sum[i][j][c] = acc[i][j][c];
-        return;
-    } else {
-    constexpr int kHalf = C::kI / 2, kPiece = kHalf * C::kJ * 32;
-    const int lane = threadIdx.x % 32;
-    float4* mine = memory + (set * C::kRowWarps + row_warp) * kPiece + lane;
-    const float4* theirs = memory + ((1 - set) * C::kRowWarps + row_warp) * kPiece + lane;
-    consumer_barrier<C::kConsumers>();
+__device__ __forceinline__ void exchange(float (&sum)[C::kI / C::kSets][C::kJ][4],
+                                         const float (&acc)[C::kI][C::kJ][4], float4* memory, int set, int row_warp) {
+#if STREAM_SETS == 1
+    for (int i = 0; i < C::kI; ++i) for (int j = 0; j < C::kJ; ++j) for (int c = 0; c < 4; ++c) sum[i][j][c] = acc[i][j][c];
+#else
+    constexpr int kHalf = C::kI / 2;
+    float4* mine = memory + (set * C::kRowWarps + row_warp) * kHalf * 32 + threadIdx.x % 32;
+    const float4* theirs = memory + ((1 - set) * C::kRowWarps + row_warp) * kHalf * 32 + threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
+    for (int j = 0; j < C::kJ; ++j) {
+        consumer_barrier<C::kConsumers>();
 #pragma unroll
-        for (int j = 0; j < C::kJ; ++j) {
+        for (int i = 0; i < kHalf; ++i) {
             const float (&low)[4] = acc[i][j];
             const float (&high)[4] = acc[i + kHalf][j];
 #pragma unroll
             for (int c = 0; c < 4; ++c) sum[i][j][c] = set == 0 ? low[c] : high[c];
-            mine[(i * C::kJ + j) * 32] = set == 0 ? make_float4(high[0], high[1], high[2], high[3])
-                                                  : make_float4(low[0], low[1], low[2], low[3]);
+            mine[i * 32] = set == 0 ? make_float4(high[0], high[1], high[2], high[3])
+                                    : make_float4(low[0], low[1], low[2], low[3]);
         }
-    }
-    consumer_barrier<C::kConsumers>();
+        consumer_barrier<C::kConsumers>();
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-#pragma unroll
-        for (int j = 0; j < C::kJ; ++j) {
-            const float4 other = theirs[(i * C::kJ + j) * 32];
+        for (int i = 0; i < kHalf; ++i) {
+            const float4 other = theirs[i * 32];
             sum[i][j][0] += other.x, sum[i][j][1] += other.y, sum[i][j][2] += other.z, sum[i][j][3] += other.w;
         }
     }
-    }
+#endif
 }
 
 // A tile cut by the edges of shares: the blocks first ... last each have a part of its steps.
@@ -257,6 +255,10 @@ __device__ __forceinline__ void add_up(const Params& p, const Cut& cut) {
     }
 }
 
+#ifdef SHOW
+template <int A, int B> struct Show; Show<Config<1, 1>::kStages, Config<1, 1>::kSharedBytes> show1; Show<Config<1, 2>::kStages, Config<1, 2>::kSharedBytes> show2;
+Show<Config<4, 1>::kStages, Config<4, 1>::kSharedBytes> show3; Show<Config<4, 2>::kStages, Config<4, 2>::kSharedBytes> show4;
+#endif
 template <typename T, typename C>
 __global__ __launch_bounds__(C::kThreads, STREAM_MINBLOCKS) void w4a16_stream_kernel(const __grid_constant__ Params p,
                                                                     const __grid_constant__ CUtensorMap token_map) {
@@ -265,18 +267,22 @@ __global__ __launch_bounds__(C::kThreads, STREAM_MINBLOCKS) void w4a16_stream_ke
     using S = typename C::Memory;
     const uint32_t address = shared_address(shared);
     MARK(0);
-    let_next_start();
+    ptx::launch_dependents();
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp >= C::kWarps) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+#if STREAM_REGS > 0
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+#endif
         if (threadIdx.x == C::kConsumers) init_barriers<S>(address, C::kRowWarps);
         __syncthreads();
         if (lane == 0 && warp - C::kWarps < kProducers) {
-            produce<S, StreamK, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address, warp - C::kWarps, [] {});
+            produce<S, typename C::Work, C::kGroups>(p, &token_map, address, warp - C::kWarps, [] {});
         }
         return;
     }
+#if STREAM_REGS > 0
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(STREAM_REGS));
+#endif
     __syncthreads();
     const int set = warp / C::kRowWarps, row_warp = warp % C::kRowWarps;
     const char* weights = shared + S::kWeights + row_warp * C::kI * kBlockBytes<C::kGroups>;
@@ -287,7 +293,7 @@ __global__ __launch_bounds__(C::kThreads, STREAM_MINBLOCKS) void w4a16_stream_ke
 #ifdef TRACE
     bool first = true;
 #endif
-    for (StreamK work(p); work.valid(p); work.next(p)) {
+    for (typename C::Work work(p); work.valid(p); work.next(p)) {
 #pragma unroll
         for (int i = 0; i < C::kI; ++i) {
 #pragma unroll
@@ -295,13 +301,13 @@ __global__ __launch_bounds__(C::kThreads, STREAM_MINBLOCKS) void w4a16_stream_ke
         }
         int left = work.end - work.begin - skip;
         for (; left > 0; left -= C::kSets) {
-            barrier_wait(address + S::kFull + 8 * stage, parity);
+            ptx::barrier_wait(address + S::kFull + 8 * stage, parity);
 #ifdef TRACE
             if (first) { MARK(1); first = false; }
 #endif
             multiply_step<T, C>(acc, weights + stage * C::kWeightBytes, address + stage * C::kTokenBytes);
             __syncwarp();
-            if (lane == 0) barrier_arrive(address + S::kEmpty + 8 * stage);
+            if (lane == 0) ptx::barrier_arrive(address + S::kEmpty + 8 * stage);
             stage += C::kSets;
             if (stage >= C::kStages) stage -= C::kStages, parity ^= 1;
         }
@@ -313,25 +319,19 @@ __global__ __launch_bounds__(C::kThreads, STREAM_MINBLOCKS) void w4a16_stream_ke
         {
             float sum[C::kI / C::kSets][C::kJ][4];
             exchange<C>(sum, acc, reinterpret_cast<float4*>(shared + C::kExchange), set, row_warp);
-            const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
+            const Place place = work.place(p);
             const int block0 = row_warp * C::kI + set * (C::kI / C::kSets);
-#ifdef SERIAL
-            finish_tile<T, C::kConsumers, C::kI / C::kSets>(p, sum, work.tile, work.begin, work.end,
-                                                            row_tile * C::kBlocks, {block0, 1}, token0, threadIdx.x,
-                                                            reinterpret_cast<int*>(shared + S::kLast));
-#else
             if (work.begin == 0 && work.end == p.steps) {
-                store_tile<T>(p, sum, row_tile * C::kBlocks, Rows{block0, 1}, token0);
+                store_tile<T>(p, sum, place, Rows{block0, 1});
             } else {
                 const Cut cut{work.tile, share_of(work.tile * p.steps, p), share_of((work.tile + 1) * p.steps - 1, p)};
-                publish<C>(p, sum, cut, block0, p.m - token0);
+                publish<C>(p, sum, cut, block0, p.m - place.token);
                 if (work.begin > 0) {
                     head = cut;
                 } else {
                     tail = cut;
                 }
             }
-#endif
         }
         MARK(3);
     }
@@ -342,10 +342,11 @@ __global__ __launch_bounds__(C::kThreads, STREAM_MINBLOCKS) void w4a16_stream_ke
 
 template <typename T, typename C>
 const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    const Params p = make_params(problem, kW4A16Panel, C::kTokens);
-    const int64_t steps = static_cast<int64_t>(p.tiles) * p.steps;
+    Params p = make_params(problem, kW4A16Panel, C::kTokens);
+    const int steps = p.tiles * p.steps;
     const Launch how{reinterpret_cast<const void*>(w4a16_stream_kernel<T, C>), C::kThreads, C::kSharedBytes,
-                     static_cast<int>(steps < device.sm_count ? steps : device.sm_count), 1};
+                     steps < device.sm_count ? steps : device.sm_count, 1};
+    divide(p, steps, how.blocks);
     return launch(how, p, problem, device, C::kTokens, stream);
 }
 
