@@ -7,7 +7,7 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 find_package(CUDAToolkit REQUIRED)
 
 # Kernels for one architecture's own instructions, and kernels for every GPU since Ampere.
-set(HOPPER_SOURCES csrc/cuda/fp8_linear.cu csrc/cuda/w4a16_wgmma.cu)
+set(HOPPER_SOURCES csrc/cuda/fp8_linear.cu csrc/cuda/w4a16_stream.cu csrc/cuda/w4a16_wgmma.cu)
 set(PORTABLE_SOURCES csrc/cuda/w4a16_linear.cu csrc/cuda/w4a16_mma.cu)
 
 add_library(vllm_sparse_cuda STATIC)

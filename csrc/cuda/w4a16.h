@@ -21,15 +21,13 @@ enum class W4A16Kernel : int {
     kMma16 = 1,   // mma.sp, 256 rows x 16 tokens
     kMma32 = 2,   // mma.sp, 256 rows x 32 tokens
     kMma64 = 3,   // mma.sp, 128 rows x 64 tokens
-    kWgmma8 = 4,  // wgmma.sp (sm_90a), 256 rows x 8 tokens
-    kWgmma16 = 5,
-    kWgmma32 = 6,
+    kStream8 = 4,   // mma.sp (sm_90a), 256 rows x 8 tokens, the next kernel's block beside this one's
+    kStream16 = 5,  // 16 tokens
+    kWgmma32 = 6,   // wgmma.sp (sm_90a), up to 256 rows x 32 tokens
     kWgmma64 = 7,
     kWgmma128 = 8,
-    kStream8 = 9,  // mma.sp (sm_90a), 256 rows x 8 tokens, the next kernel's block beside this one's
-    kStream16 = 10,
 };
-constexpr int kW4A16Kernels = 11;
+constexpr int kW4A16Kernels = 9;
 
 struct W4A16Problem {
     const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned
@@ -37,7 +35,7 @@ struct W4A16Problem {
     const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
     const void* bias;            // [n] in the activations' type, or nullptr
     void* y;                     // [m, n] in the activations' type
-    void* workspace;             // w4a16_workspace_bytes() bytes, zero before the first call; the mma.sp kernels only
+    void* workspace;             // w4a16_workspace_bytes() bytes, zero before the first call; not for wgmma.sp
     int m, n, k;                 // n % 16 == 0, k % 32 == 0
     int group_size;              // 32, 64, 128, or -1 with channel_scale
     bool bf16;                   // activations and scales are bfloat16, else float16

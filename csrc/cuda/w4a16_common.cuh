@@ -516,4 +516,27 @@ inline const char* launch(const Launch& how, Params p, const W4A16Problem& probl
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Family::run<T, kGroups> for the problem's type and group size.
+template <typename Family, typename T>
+const char* dispatch(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    switch (problem.group_size) {
+        case -1:
+            return Family::template run<T, 0>(problem, device, stream);
+        case 128:
+            return Family::template run<T, 1>(problem, device, stream);
+        case 64:
+            return Family::template run<T, 2>(problem, device, stream);
+        case 32:
+            return Family::template run<T, 4>(problem, device, stream);
+        default:
+            return "w4a16: group size must be 32, 64, 128 or -1";
+    }
+}
+
+template <typename Family>
+const char* dispatch(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    return problem.bf16 ? dispatch<Family, __nv_bfloat16>(problem, device, stream)
+                        : dispatch<Family, __half>(problem, device, stream);
+}
+
 }  // namespace vllm_sparse::w4a16

@@ -13,8 +13,8 @@ struct Choice {
 
 // Measured on an H200 (docs/kernels-w4a16.md): the smallest tile that holds all tokens, since padding costs tensor time
 // and shared memory; from 65 tokens on, 128 tokens a tile halve the dequantizing per product.
-constexpr Choice kHopper[] = {{8, W4A16Kernel::kWgmma8},
-                              {16, W4A16Kernel::kWgmma16},
+constexpr Choice kHopper[] = {{8, W4A16Kernel::kStream8},
+                              {16, W4A16Kernel::kStream16},
                               {32, W4A16Kernel::kWgmma32},
                               {64, W4A16Kernel::kWgmma64},
                               {INT_MAX, W4A16Kernel::kWgmma128}};
@@ -63,8 +63,7 @@ const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device,
     if (chosen.kernel == W4A16Kernel::kAuto) {
         chosen.kernel = device.capability == 90 ? choose(kHopper, problem.m) : choose(kPortable, problem.m);
     }
-    const bool wgmma = chosen.kernel >= W4A16Kernel::kWgmma8 && chosen.kernel <= W4A16Kernel::kWgmma128;
-    if (wgmma) return w4a16_wgmma(chosen, device, stream);
+    if (chosen.kernel >= W4A16Kernel::kWgmma32) return w4a16_wgmma(chosen, device, stream);
     if (problem.workspace == nullptr) return "w4a16: the mma.sp kernels need a workspace";
     if (chosen.kernel >= W4A16Kernel::kStream8) return w4a16_stream(chosen, device, stream);
     return w4a16_mma(chosen, device, stream);

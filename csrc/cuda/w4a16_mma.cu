@@ -227,38 +227,24 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     return launch(how, p, problem, device, C::kTokens, stream);
 }
 
-template <typename T, int kGroups>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.kernel) {
-        case W4A16Kernel::kMma8:
-            return run<T, Config<kGroups, 1, 1, 8>>(problem, device, stream);
-        case W4A16Kernel::kMma16:
-            return run<T, Config<kGroups, 2, 2, 8>>(problem, device, stream);
-        case W4A16Kernel::kMma32:
-            return run<T, Config<kGroups, 2, 4, 8>>(problem, device, stream);
-        case W4A16Kernel::kMma64:
-            // With four groups a step, twice the row blocks per warp do not fit the registers.
-            return run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device, stream);
-        default:
-            return "w4a16_mma: not a kernel of this file";
+struct Mma {
+    template <typename T, int kGroups>
+    static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+        switch (problem.kernel) {
+            case W4A16Kernel::kMma8:
+                return w4a16::run<T, Config<kGroups, 1, 1, 8>>(problem, device, stream);
+            case W4A16Kernel::kMma16:
+                return w4a16::run<T, Config<kGroups, 2, 2, 8>>(problem, device, stream);
+            case W4A16Kernel::kMma32:
+                return w4a16::run<T, Config<kGroups, 2, 4, 8>>(problem, device, stream);
+            case W4A16Kernel::kMma64:
+                // With four groups a step, twice the row blocks per warp do not fit the registers.
+                return w4a16::run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device, stream);
+            default:
+                return "w4a16_mma: not a kernel of this file";
+        }
     }
-}
-
-template <typename T>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.group_size) {
-        case -1:
-            return choose<T, 0>(problem, device, stream);
-        case 128:
-            return choose<T, 1>(problem, device, stream);
-        case 64:
-            return choose<T, 2>(problem, device, stream);
-        case 32:
-            return choose<T, 4>(problem, device, stream);
-        default:
-            return "w4a16_mma: group size must be 32, 64, 128 or -1";
-    }
-}
+};
 
 }  // namespace
 }  // namespace vllm_sparse::w4a16
@@ -266,8 +252,7 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
 namespace vllm_sparse {
 
 const char* w4a16_mma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, device, stream)
-                        : w4a16::choose<__half>(problem, device, stream);
+    return w4a16::dispatch<w4a16::Mma>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse

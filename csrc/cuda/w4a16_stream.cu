@@ -350,35 +350,19 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     return launch(how, p, problem, device, C::kTokens, stream);
 }
 
-template <typename T, int kGroups>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.kernel) {
-        case W4A16Kernel::kStream8:
-            return run<T, Config<kGroups, 1>>(problem, device, stream);
-        case W4A16Kernel::kStream16:
-            return run<T, Config<kGroups, 2>>(problem, device, stream);
-        default:
-            return "w4a16_stream: not a kernel of this file";
+struct Stream {
+    template <typename T, int kGroups>
+    static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+        switch (problem.kernel) {
+            case W4A16Kernel::kStream8:
+                return w4a16::run<T, Config<kGroups, 1>>(problem, device, stream);
+            case W4A16Kernel::kStream16:
+                return w4a16::run<T, Config<kGroups, 2>>(problem, device, stream);
+            default:
+                return "w4a16_stream: not a kernel of this file";
+        }
     }
-}
-
-template <typename T>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.group_size) {
-#ifndef ONLY128
-        case -1:
-            return choose<T, 0>(problem, device, stream);
-        case 64:
-            return choose<T, 2>(problem, device, stream);
-        case 32:
-            return choose<T, 4>(problem, device, stream);
-#endif
-        case 128:
-            return choose<T, 1>(problem, device, stream);
-        default:
-            return "w4a16_stream: group size must be 32, 64, 128 or -1";
-    }
-}
+};
 
 }  // namespace
 }  // namespace vllm_sparse::w4a16
@@ -386,8 +370,7 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
 namespace vllm_sparse {
 
 const char* w4a16_stream(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, device, stream)
-                        : w4a16::choose<__half>(problem, device, stream);
+    return w4a16::dispatch<w4a16::Stream>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse

@@ -418,37 +418,21 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     return launch(how, p, problem, device, C::kTokens, stream);
 }
 
-template <typename T, int kGroups>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.kernel) {
-        case W4A16Kernel::kWgmma32:
-            return run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
-        case W4A16Kernel::kWgmma64:
-            return run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
-        case W4A16Kernel::kWgmma128:
-            return run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
-        default:
-            return "w4a16_wgmma: not a kernel of this file";
+struct Wgmma {
+    template <typename T, int kGroups>
+    static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+        switch (problem.kernel) {
+            case W4A16Kernel::kWgmma32:
+                return w4a16::run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
+            case W4A16Kernel::kWgmma64:
+                return w4a16::run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
+            case W4A16Kernel::kWgmma128:
+                return w4a16::run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
+            default:
+                return "w4a16_wgmma: not a kernel of this file";
+        }
     }
-}
-
-template <typename T>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.group_size) {
-#ifndef ONLY128
-        case -1:
-            return choose<T, 0>(problem, device, stream);
-        case 64:
-            return choose<T, 2>(problem, device, stream);
-        case 32:
-            return choose<T, 4>(problem, device, stream);
-#endif
-        case 128:
-            return choose<T, 1>(problem, device, stream);
-        default:
-            return "w4a16_wgmma: group size must be 32, 64, 128 or -1";
-    }
-}
+};
 
 }  // namespace
 }  // namespace vllm_sparse::w4a16
@@ -456,8 +440,7 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
 namespace vllm_sparse {
 
 const char* w4a16_wgmma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, device, stream)
-                        : w4a16::choose<__half>(problem, device, stream);
+    return w4a16::dispatch<w4a16::Wgmma>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse
