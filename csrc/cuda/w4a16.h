@@ -26,8 +26,10 @@ enum class W4A16Kernel : int {
     kWgmma32 = 6,   // wgmma.sp (sm_90a), up to 256 rows x 32 tokens
     kWgmma64 = 7,
     kWgmma128 = 8,
+    kWgmma8 = 9,
+    kWgmma16 = 10,
 };
-constexpr int kW4A16Kernels = 9;
+constexpr int kW4A16Kernels = 11;
 
 struct W4A16Problem {
     const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned
@@ -35,7 +37,7 @@ struct W4A16Problem {
     const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
     const void* bias;            // [n] in the activations' type, or nullptr
     void* y;                     // [m, n] in the activations' type
-    void* workspace;             // w4a16_workspace_bytes() bytes, zero before the first call; not for wgmma.sp
+    void* workspace;             // w4a16_workspace_bytes() bytes; not for wgmma.sp
     int m, n, k;                 // n % 16 == 0, k % 32 == 0
     int group_size;              // 32, 64, 128, or -1 with channel_scale
     bool bf16;                   // activations and scales are bfloat16, else float16
@@ -50,7 +52,9 @@ struct W4A16Device {
     bool overlap;    // programmatic dependent launch (capability 90 and later)
 };
 
-// Bytes of workspace that calls which may run at the same time must not share.
+// Bytes of workspace that calls which may run at the same time must not share. Before the first call the first
+// kW4A16CounterBytes must be 0 and all others 0xff; every call leaves them so.
+constexpr int kW4A16CounterBytes = 4096;
 size_t w4a16_workspace_bytes(int sm_count);
 
 const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);

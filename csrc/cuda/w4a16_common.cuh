@@ -21,7 +21,10 @@ constexpr int kUnitBlocks = 64 / kRowBlock;  // rows of one wgmma
 constexpr int kCodeBytes = 512;      // per row block and step: 4 words per lane, one per unit
 constexpr int kPositionBytes = 256;  // 2 words per lane, one per pair of units
 
-constexpr int kCounterBytes = 4096;  // at the workspace's beginning: one counter per block of the mma.sp kernels
+// The workspace: a counter per block and two parts of a tile per block, of the kernels for any GPU; two parts per block of
+// the kernels for few tokens on Hopper.
+constexpr size_t kPartBytes = kW4A16Panel * 32 * sizeof(float), kWordBytes = kW4A16Panel * 16 * sizeof(float);
+constexpr size_t words_offset(int sm_count) { return kW4A16CounterBytes + 2 * sm_count * kPartBytes; }
 
 // Bytes of 16 rows x 128 columns: codes, positions, then per row pair (g, g + 8) the scales of each group.
 template <int kGroups>
@@ -33,14 +36,15 @@ struct Params {
     const float* channel_scale;
     const void* bias;
     void* y;
-    float* partials;
+    float* partials;  // of the kernels for any GPU
+    void* words;      // of those for few tokens on Hopper
     int* counters;
     int m, n, k;
     int steps;        // steps along k
     int token_tiles;  // tiles along m; consecutive tiles share their weights through L2
     int tiles;        // row tiles * token_tiles
     int slices;       // Sliced: how many blocks (one cluster) share the steps of a tile
-    int share;        // StreamK: steps of a block; Sliced: units of 64 rows of a row tile
+    int share;        // StreamK: steps of a block; Sliced: units of a row tile
     int longer;       // how many of them, the first ones, have one more
 };
 
@@ -88,10 +92,9 @@ struct StreamK {
     }
 };
 
-// Sliced: row tiles are of one or two heights, so that all rounds are full: the first ones have one unit of 64 rows more.
-// They need not be the rows of one panel. The blocks of a cluster share a tile, each a slice of its steps, and add up
-// through each other's shared memory.
-template <int kTokens>
+// Sliced: row tiles are of one or two heights, so that all rounds are full: the first ones have one unit of kUnit row
+// blocks more. They need not be the rows of one panel. The blocks of a cluster share a tile, each a slice of its steps.
+template <int kTokens, int kUnit>
 struct Sliced {
     int tile, begin, end;
 
@@ -104,8 +107,8 @@ struct Sliced {
     __device__ __forceinline__ bool valid(const Params& p) const { return tile < p.tiles; }
     __device__ __forceinline__ void next(const Params& p) { tile += gridDim.x / p.slices; }
     __device__ __forceinline__ Place place(const Params& p) const {
-        const int row_tile = tile / p.token_tiles, block = share_begin(row_tile, p) * kUnitBlocks;
-        const int blocks = share_begin(row_tile + 1, p) * kUnitBlocks - block;
+        const int row_tile = tile / p.token_tiles, block = share_begin(row_tile, p) * kUnit;
+        const int blocks = share_begin(row_tile + 1, p) * kUnit - block;
         return {block, min(blocks, p.n / kRowBlock - block), (tile - row_tile * p.token_tiles) * kTokens};
     }
 };
@@ -436,7 +439,8 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.bias = problem.bias;
     p.y = problem.y;
     p.counters = static_cast<int*>(problem.workspace);
-    p.partials = reinterpret_cast<float*>(static_cast<char*>(problem.workspace) + kCounterBytes);
+    p.partials = reinterpret_cast<float*>(static_cast<char*>(problem.workspace) + kW4A16CounterBytes);
+    p.words = nullptr;
     p.m = problem.m, p.n = problem.n, p.k = problem.k;
     p.steps = (problem.k + kStep - 1) / kStep;
     p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;

@@ -1,7 +1,7 @@
 // Which W4A16 kernel runs, as data.
 #include <climits>
 
-#include "w4a16.h"
+#include "w4a16_common.cuh"
 
 namespace vllm_sparse {
 namespace {
@@ -47,10 +47,7 @@ class DeviceGuard {
 
 }  // namespace
 
-size_t w4a16_workspace_bytes(int sm_count) {
-    constexpr size_t kCounterBytes = 4096, kLargestTile = 256 * 32 * sizeof(float);
-    return kCounterBytes + 2 * sm_count * kLargestTile;
-}
+size_t w4a16_workspace_bytes(int sm_count) { return w4a16::words_offset(sm_count) + 2 * sm_count * w4a16::kWordBytes; }
 
 const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
     if (problem.m == 0) return nullptr;

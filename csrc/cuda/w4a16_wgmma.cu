@@ -27,7 +27,7 @@ struct Config {
     static constexpr int kTokenBytes = 2 * kTokens * kStep;  // two halves of 64 columns, rows of 128 swizzled bytes
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
-    using Work = Sliced<kTokens>;
+    using Work = Sliced<kTokens, kUnitBlocks>;
 
     // The other blocks of the cluster leave their sums here: 512 bytes per MMA tile of 16 rows x 8 tokens.
     static constexpr int kJ = kTokens / 8;
@@ -40,8 +40,8 @@ struct Config {
     static_assert(kSharedBytes <= 227 * 1024);
 
     // Estimates that choose slices and rows, in nanoseconds: one step of 256 rows, adding up a tile's slices.
-    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : 650;
-    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : 3500;
+    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : 800;
+    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : 6000;
 };
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -60,6 +60,7 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 }
 
 #define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define D8(j) D4(j), D4(j + 1)
 #define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
 #define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                 \
     asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P                 \
@@ -79,6 +80,8 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
     REGISTERS_32                                                                       \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_8(type) WGMMA("8", type, REGISTERS_4, D4(0), "{%4, %5, %6, %7}", 8, 9, 10, 11)
+#define WGMMA_16(type) WGMMA("16", type, REGISTERS_8, D8(0), "{%8, %9, %10, %11}", 12, 13, 14, 15)
 #define WGMMA_32(type) WGMMA("32", type, REGISTERS_16, D16(0), "{%16, %17, %18, %19}", 20, 21, 22, 23)
 #define WGMMA_64(type) WGMMA("64", type, REGISTERS_32, D16(0) COMMA D16(4), "{%32, %33, %34, %35}", 36, 37, 38, 39)
 #define WGMMA_128(type)                                                                                              \
@@ -91,7 +94,11 @@ template <typename T, int kSelector, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4], uint32_t tokens, uint32_t positions,
                                       int accumulate) {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-    static_assert(kJ == 4 || kJ == 8 || kJ == 16);
+    static_assert(kJ == 1 || kJ == 2 || kJ == 4 || kJ == 8 || kJ == 16);
+    if constexpr (kJ == 1 && kBf16) WGMMA_8("bf16");
+    if constexpr (kJ == 1 && !kBf16) WGMMA_8("f16");
+    if constexpr (kJ == 2 && kBf16) WGMMA_16("bf16");
+    if constexpr (kJ == 2 && !kBf16) WGMMA_16("f16");
     if constexpr (kJ == 4 && kBf16) WGMMA_32("bf16");
     if constexpr (kJ == 4 && !kBf16) WGMMA_32("f16");
     if constexpr (kJ == 8 && kBf16) WGMMA_64("bf16");
@@ -379,7 +386,7 @@ int concurrent_clusters(int slices, const W4A16Device& device) {
 // for all.
 template <typename C>
 int step_percent(int units) {
-    constexpr int kPercent[4] = {50, 60, 76, 100};
+    constexpr int kPercent[4] = {C::kTokens == 128 ? 43 : 50, 60, 76, 100};
     return C::kParts == 1 ? 100 : kPercent[units - 1];
 }
 
@@ -392,8 +399,11 @@ void divide_work(Params& p, int forced_slices, const W4A16Device& device) {
     for (int slices = 1; slices <= kMaxSlices && slices <= p.steps; ++slices) {
         if (forced_slices != 0 && forced_slices != slices) continue;
         const int clusters = concurrent_clusters<T, C>(slices, device);
-        const int least = (units + kMost - 1) / kMost * p.token_tiles, rounds = (least + clusters - 1) / clusters;
-        const int fit = rounds * clusters / p.token_tiles, row_tiles = fit < units ? fit : units;
+        const int least = (units + kMost - 1) / kMost;
+        const int rounds = (least * p.token_tiles + clusters - 1) / clusters;
+        // Lower tiles fill the last round. In more than two rounds that gains nothing (measured: the power is the limit).
+        int row_tiles = rounds > 2 ? least : rounds * clusters / p.token_tiles;
+        if (row_tiles > units) row_tiles = units;
         Params tried = p;
         tried.slices = slices;
         tried.tiles = row_tiles * p.token_tiles;
@@ -422,6 +432,10 @@ struct Wgmma {
     template <typename T, int kGroups>
     static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
         switch (problem.kernel) {
+            case W4A16Kernel::kWgmma8:
+                return w4a16::run<T, Config<kGroups, 8, 12, 1>>(problem, device, stream);
+            case W4A16Kernel::kWgmma16:
+                return w4a16::run<T, Config<kGroups, 16, 10, 1>>(problem, device, stream);
             case W4A16Kernel::kWgmma32:
                 return w4a16::run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
             case W4A16Kernel::kWgmma64:

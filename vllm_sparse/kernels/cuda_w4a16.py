@@ -25,6 +25,7 @@ STEP = 128  # input features of a packed step
 PANEL_BLOCKS = 16  # row blocks of a panel
 ROW_BLOCK = 16  # output features of a row block
 AUTO_KERNEL = -1
+_COUNTER_BYTES = 4096  # zero at the workspace's beginning
 _ZERO_CODE = 8
 _PADDING_NIBBLES = 0x44
 
@@ -98,13 +99,15 @@ _workspaces: dict[tuple[int, int], Tensor] = {}
 
 def _make_workspace(device: torch.device, stream: int) -> Tensor:
     size = _cuda.w4a16_workspace_bytes(_device(device.index)[0])
-    return _workspaces.setdefault((device.index, stream), torch.zeros(size, dtype=torch.uint8, device=device))
+    workspace = torch.full((size,), 255, dtype=torch.uint8, device=device)
+    workspace[:_COUNTER_BYTES].zero_()
+    return _workspaces.setdefault((device.index, stream), workspace)
 
 
 def _workspace(device: torch.device, tokens: int) -> Tensor | None:
-    """Return the zeroed workspace of the current stream, or of all graphs while one is captured.
+    """Return the workspace of the current stream, or of all graphs while one is captured.
 
-    Memory first asked for during a capture would be zeroed by the graph alone, hence one workspace for graphs, made by
+    Memory first asked for during a capture would be set up by the graph alone, hence one workspace for graphs, made by
     ``prepare``: graphs of one device must not be replayed at the same time.
     """
     if tokens > _MOST_STREAMED and _device(device.index)[1] == 90:
