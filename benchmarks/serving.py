@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving h200 OUT              # Llama-3.1-8B's shape, random weights: latency and throughput
     python -m benchmarks.serving cpu OUT DENSE 2OF4 …   # every suite, lengths a tenth, for machines without a GPU
+    python -m benchmarks.serving cpu-1b OUT            # Llama-3.2-1B's shape, random weights: one stream on the CPU
 
 Further arguments go to ``vllm-sparse bench``. OUT gets the results as one JSON file, the report, its plots, and the
 end of every log; also when the run is interrupted (``timeout -s INT``), with what was measured until then.
@@ -35,6 +36,12 @@ PRESETS = {
         *("--batch-use-case", "instruction", "--seconds", "5", "--window", "256", "--text-tokens", "4096"),
         *("--engine-args", "--enforce-eager "),
     ],
+    "cpu-1b": [
+        *("--dummy", str(HERE / "llama-3.2-1b.json")),
+        *("--variants", "bf16", "sparse24-bf16", "sparse24-w4a16"),
+        *("--suite", "latency", "--use-case", "chat", "--repeats", "2", "--rounds", "1", "--startup-seconds", "600"),
+        *("--engine-args", "--enforce-eager "),
+    ],
 }  # fmt: skip
 LOG_LINES = 60
 
@@ -43,7 +50,7 @@ def problem(preset: str) -> str | None:
     """Return what is missing before a GPU is worth its time, or None."""
     if not importlib.metadata.entry_points(group="vllm.general_plugins", name="sparse24"):
         return "vLLM would not find the plugin: install the package, or run 'python setup.py egg_info' in its folder"
-    if preset != "cpu" and importlib.util.find_spec("vllm_sparse._cuda") is None:
+    if preset == "h200" and importlib.util.find_spec("vllm_sparse._cuda") is None:
         return "the CUDA kernels are not built: run 'python setup.py build_ext --inplace'"
     return None
 

@@ -156,22 +156,38 @@ __device__ __forceinline__ void copy_async_4(uint32_t destination, const void* s
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- shared and global memory ---------------------------------------------------------------------------------------
+__device__ __forceinline__ void load_shared(uint32_t address, uint32_t (&words)[1]) {
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(words[0]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_shared(uint32_t address, uint32_t (&words)[2]) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
+}
+
 // Writes two 8x8 matrices of 16-bit values transposed: lane i of 0..15 gives the address of one row of 8.
 __device__ __forceinline__ void store_matrix_transposed(uint32_t address, uint32_t a, uint32_t b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
                  : "memory");
 }
 
-// Writes to the shared memory of block `rank` of the cluster; that block's barrier counts the 16 bytes.
-__device__ __forceinline__ void store_remote(uint32_t address, float4 v, uint32_t barrier, uint32_t rank) {
-    asm volatile(
-        "{\n.reg .b32 to, counter;\n"
-        "mapa.shared::cluster.u32 to, %0, %6;\n"
-        "mapa.shared::cluster.u32 counter, %5, %6;\n"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {%1, %2, %3, %4}, [counter];\n}" ::"r"(
-            address),
-        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier), "r"(rank)
-        : "memory");
+// Writes to the shared memory of block `rank` of the cluster; that block's barrier counts the 16 bytes. (One overload
+// per type: ptxas waits for the tensor cores around a conversion of their sums.)
+#define VLLM_SPARSE_STORE_REMOTE(kind)                                                                               \
+    asm volatile(                                                                                                    \
+        "{\n.reg .b32 to, counter;\n"                                                                                \
+        "mapa.shared::cluster.u32 to, %0, %6;\n"                                                                     \
+        "mapa.shared::cluster.u32 counter, %5, %6;\n"                                                                \
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%1, %2, %3, %4}, [counter];\n}" :: \
+            "r"(address),                                                                                            \
+        kind(a), kind(b), kind(c), kind(d), "r"(barrier), "r"(rank)                                                  \
+        : "memory")
+__device__ __forceinline__ void store_remote(uint32_t address, float a, float b, float c, float d, uint32_t barrier,
+                                             uint32_t rank) {
+    VLLM_SPARSE_STORE_REMOTE("f");
 }
+__device__ __forceinline__ void store_remote(uint32_t address, int a, int b, int c, int d, uint32_t barrier,
+                                             uint32_t rank) {
+    VLLM_SPARSE_STORE_REMOTE("r");
+}
+#undef VLLM_SPARSE_STORE_REMOTE
 
 }  // namespace vllm_sparse::ptx

@@ -312,7 +312,7 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
     const uint32_t address = shared_address(shared);
-    ptx::launch_dependents();
+    ptx::launch_dependents();  // all blocks of this grid run already: it is no larger than the device
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp >= C::kWarps) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kCopyRegisters));

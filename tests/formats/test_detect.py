@@ -39,6 +39,7 @@ def compressed(stored_as="float-quantized", weights=None, inputs=None, sparsity=
         (compressed(inputs=INPUTS_8, sparsity=DENSE), "pass-through", True),
         (compressed(inputs=INPUTS_8, sparsity=DENSE | {"targets": []}), "quantized", False),
         (compressed("pack-quantized", sparsity=DENSE), "pass-through", True),
+        (compressed("mixed-precision"), "mixed-precision", False),
         ({}, "dense", False),
         (SPARSE_ONLY, "dense", True),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128}, None, False),
@@ -206,3 +207,35 @@ def test_weight_only_int8_is_kept_from_vllm_which_has_nothing_for_it():
     with pytest.raises(FormatError, match=message) as raised:
         form.to_weight("q", tensors)
     assert not isinstance(raised.value, NotSparseError)
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
+
+
+def mixed():
+    """Return a config of fp8 attention and w4a16 in the rest."""
+    made = compressed("mixed-precision", inputs=INPUTS_8, format="float-quantized")
+    made["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*"]
+    packed = {"targets": ["re:.*mlp.*"], "weights": INT4, "input_activations": None, "format": "pack-quantized"}
+    made["config_groups"]["group_1"] = packed
+    return made
+
+
+def test_groups_may_be_stored_in_different_formats():
+    form = detect(mixed())
+    assert form.scheme_of("layers.0.self_attn.q_proj").name == "fp8"
+    assert form.scheme_of("layers.0.mlp.up_proj").name == "w4a16"
+    assert form.scheme_of("lm_head") is None
+    specs = form.tensors("layers.0.mlp.up_proj", 64, 64, torch.bfloat16)
+    assert [spec.name for spec in specs] == ["weight_packed", "weight_shape", "weight_scale"]
+    with pytest.raises(FormatError, match="lm_head: the config does not say"):
+        form.tensors("lm_head", 64, 64, torch.bfloat16)
+
+
+def test_asymmetric_activations_are_left_to_vllm():
+    weights = WEIGHTS_8 | {"type": "int"}
+    found = compressed("int-quantized", weights, INPUTS_8 | {"type": "int", "symmetric": False})
+    assert detect(found).scheme_of("x") is None
+    promised = found | {"format": "int-quantized", "sparsity_config": DENSE | {"format": "sparse-24-bitmask"}}
+    with pytest.raises(FormatError, match="x: stored as sparse-24-bitmask, but quantized in a way that no 2:4 scheme"):
+        detect(promised).scheme_of("x")

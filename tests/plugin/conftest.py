@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.plugin.agreement import Continuation, table
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 VllmContext = Callable[..., Any]
+PROMPTS = [[5, 17, 99, 200, 31, 7], [3, 3], [250, 1, 90, 12, 44, 45, 46, 47, 48]]
+NEW_TOKENS = 12
 
 
 @pytest.fixture
@@ -37,3 +43,50 @@ def vllm_context(monkeypatch: pytest.MonkeyPatch) -> VllmContext:
             yield
 
     return context
+
+
+def continuation(output: Any) -> Continuation:
+    """Return what vLLM says of one sequence."""
+    tokens = list(output.token_ids)
+    assert len(tokens) == NEW_TOKENS
+    return Continuation(tokens, [of[token].logprob for token, of in zip(tokens, output.logprobs, strict=True)])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """End a run with the table of formats, schemes, and how far vLLM was from the reference."""
+    lines = table()
+    if lines:
+        terminalreporter.section("vLLM on the CPU against the reference, log-probabilities of greedy tokens")
+        terminalreporter.write("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def engine() -> Iterator[Any]:
+    """Return ``start(path, **options)``, which loads a model into this process and returns what it generates."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
+
+    started: list[Any] = []
+
+    def start(
+        path: Path,
+        sparse24: dict[str, Any] | None = None,
+        prompts: list[list[int]] = PROMPTS,
+        adapter: Path | None = None,
+        **options: Any,
+    ) -> list[Continuation]:
+        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
+        extra = {"additional_config": {"sparse24": sparse24}} if sparse24 else {}
+        llm = LLM(str(path), **defaults | extra | options)
+        started.append(llm)
+        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
+        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+        tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = llm.generate(tokens, wanted, use_tqdm=False, lora_request=lora)
+        return [continuation(output.outputs[0]) for output in outputs]
+
+    yield start
+    started.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()

@@ -62,6 +62,7 @@ def random_model(kind: str = "llama", seed: int = 0, **changes: Any) -> PreTrain
     config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](**SIZES | changes)
     config.architectures = [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]]
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies stay float32
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -92,13 +93,15 @@ def save_dense(model: PreTrainedModel, path: Path) -> Path:
     return path
 
 
-def compress(model: PreTrainedModel, scheme_name: str, static: bool = False) -> dict[str, Sparse24Weight]:
-    """Return the 2:4 weights of ``model``'s linear layers in a scheme, with scales that bf16 and fp16 hold exactly."""
+def compress(
+    model: PreTrainedModel, scheme_name: str, static: bool = False, short_scales: bool = True
+) -> dict[str, Sparse24Weight]:
+    """Return the 2:4 weights of ``model``'s linear layers in a scheme, ``short_scales`` such that bf16 holds them."""
     weights = {}
     for name, module in linear_layers(model).items():
         weight = Sparse24Weight.from_dense(module.weight.detach(), SCHEMES["bf16"], layer=name)
         weight = quantize_at_load(weight, SCHEMES[scheme_name], name)
-        if weight.scales is not None:
+        if weight.scales is not None and short_scales:
             weight = replace(weight, scales=weight.scales.bfloat16().float())
         weights[name] = replace(weight, input_scale=torch.tensor([STATIC_SCALE])) if static else weight
     return weights
@@ -118,7 +121,8 @@ def save_published(model: PreTrainedModel, path: Path, case: Case) -> Stored:
     """Write ``model`` in the published format of a golden ``case``, 4-bit weights in groups of 128."""
     bits = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(case.dtype, "int8")
     scheme = "w4a16" if case.bits == 4 else bits
-    case = replace(case, group_size=128 if case.bits == 4 else -1)
+    scheme = "w8a16" if case.bits == 8 and case.format == "marlin-24" else scheme
+    case = replace(case, group_size=128 if SCHEMES[scheme].grouped else -1)
 
     def encode(weight: Sparse24Weight) -> dict[str, Tensor]:
         codes = weight.to_dense_codes()
@@ -127,12 +131,60 @@ def save_published(model: PreTrainedModel, path: Path, case: Case) -> Stored:
             return encode_bitmask(codes) | scales
         if case.format == "marlin-24":
             assert weight.scales is not None
-            return encode_marlin(codes, weight.scales.half(), 4, weight.k // 2 > 128)
+            return encode_marlin(codes, weight.scales.half(), case.bits, weight.k // 2 > 128)
         if case.format == "pack-quantized":
             return encode_packed(codes, 4, None) | scales
         return {"weight": codes} | scales
 
     return save_as(model, path, compress(model, scheme), encode, golden_config(case))
+
+
+def save_gptq_marlin(model: PreTrainedModel, path: Path) -> Stored:
+    """Write ``model`` as ``gptq_marlin_24``, 4 bits in groups of 128."""
+    names = {"weight_packed": "B_24", "meta": "B_meta", "scale_packed": "s"}
+
+    def encode(weight: Sparse24Weight) -> dict[str, Tensor]:
+        assert weight.scales is not None
+        tensors = encode_marlin(weight.to_dense_codes(), weight.scales.half(), 4, weight.k > 128)
+        return {names[name]: tensor for name, tensor in tensors.items()}
+
+    said = {"quant_method": "gptq", "checkpoint_format": "marlin_24", "bits": 4, "group_size": 128}
+    return save_as(model, path, compress(model, "w4a16"), encode, said | {"desc_act": False, "sym": True})
+
+
+def save_mixed(model: PreTrainedModel, path: Path) -> Stored:
+    """Write ``model`` as ``mixed-precision``: attention float-quantized fp8, the rest pack-quantized in 4 bits."""
+    kinds = {name: compress(model, name) for name in ("fp8", "w4a16")}
+    weights = {name: kinds["fp8" if "self_attn" in name else "w4a16"][name] for name in linear_layers(model)}
+
+    def encode(weight: Sparse24Weight) -> dict[str, Tensor]:
+        codes = weight.to_dense_codes()
+        tensors = {"weight": codes} if weight.scheme.name == "fp8" else encode_packed(codes, 4, None)
+        assert weight.scales is not None
+        return tensors | {"weight_scale": weight.scales}
+
+    common = {"symmetric": True, "dynamic": False}
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"} | common
+    int4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128} | common
+    inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+    groups = {
+        "group_0": {
+            "targets": ["re:.*self_attn.*"],
+            "weights": fp8,
+            "input_activations": inputs,
+            "format": "float-quantized",
+        },
+        "group_1": {
+            "targets": ["re:.*mlp.*"],
+            "weights": int4,
+            "input_activations": None,
+            "format": "pack-quantized",
+        },
+    }
+    said = {"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"]}
+    stored = save_as(model, path, weights, encode, said | {"config_groups": groups})
+    quantize_inputs(stored.reference, "fp8", only="self_attn")
+    return stored
 
 
 def save_as(
@@ -160,17 +212,31 @@ def save_as(
     return Stored(path, model)
 
 
-def quantize_inputs(model: PreTrainedModel, scheme_name: str, static: bool) -> None:
-    """Make ``model``'s linear layers quantize their inputs as the scheme does, if it does."""
+@dataclass
+class InputQuantizer:
+    """Rounds the inputs of linear layers as a scheme does, after moving each by a random ``noise`` times itself."""
+
+    dtype: torch.dtype
+    static: bool
+    noise: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.noise:
+            x = x * (1 + self.noise * torch.randn_like(x))
+        scale = torch.tensor([STATIC_SCALE]) if self.static else None
+        codes, scales = quantize_activations(x.flatten(0, -2), self.dtype, scale)
+        return (codes.float() * scales).view_as(x)
+
+
+def quantize_inputs(
+    model: PreTrainedModel, scheme_name: str, static: bool = False, only: str = ""
+) -> InputQuantizer | None:
+    """Make linear layers with ``only`` in their names quantize their inputs as the scheme does, if it does."""
     dtype = SCHEMES[scheme_name].activation
     if dtype is None:
-        return
-
-    def quantize(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        (x,) = arguments
-        scale = torch.tensor([STATIC_SCALE]) if static else None
-        codes, scales = quantize_activations(x.flatten(0, -2), dtype, scale)
-        return ((codes.float() * scales).view_as(x),)
-
-    for module in linear_layers(model).values():
-        module.register_forward_pre_hook(quantize)
+        return None
+    quantizer = InputQuantizer(dtype, static)
+    model.input_quantizer = quantizer
+    for module in (module for name, module in linear_layers(model).items() if only in name):
+        module.register_forward_pre_hook(lambda _, arguments: (quantizer(arguments[0]),))
+    return quantizer

@@ -13,6 +13,7 @@ import torch
 from tests.plugin.conftest import VllmContext
 from tests.plugin.layers import format_of, new_config, random_hub
 from vllm_sparse.errors import FormatError, OptionError, UnsupportedError
+from vllm_sparse.plugin.options import Options
 
 pytest.importorskip("vllm")
 
@@ -107,10 +108,11 @@ def test_what_is_not_linear_is_left_to_vllm() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"typo": 1}, "unknown option 'typo', expected one of strict, scheme, kernel"),
+        ({"typo": 1}, "unknown option 'typo', expected one of strict, scheme, kernel, cpu_activations"),
         ({"strict": "yes"}, "strict must be true or false, got 'yes'"),
         ({"scheme": "w3"}, "unknown scheme 'w3'"),
         ({"kernel": "warp"}, "unknown kernel 'warp', expected one of .*reference"),
+        ({"cpu_activations": "fp4"}, "cpu_activations must be 'int8', got 'fp4'"),
         ([1], "expected an object"),
     ],
 )
@@ -131,6 +133,23 @@ def test_scheme_option_needs_a_dense_checkpoint(vllm_context: VllmContext) -> No
 def test_kernel_can_be_forced(vllm_context: VllmContext) -> None:
     with vllm_context(options={"kernel": "reference"}):
         assert layer_method(new_config(None), "down_proj") == "Sparse24DetectedLinearMethod"
+
+
+@pytest.mark.parametrize(
+    ("options", "scheme", "device", "kernel"),
+    [
+        ({"cpu_activations": "int8"}, "w4a16", "cpu", "cpu_w4a8"),
+        ({"cpu_activations": "int8"}, "w4a16", "cuda", None),
+        ({"cpu_activations": "int8"}, "fp8", "cpu", None),
+        ({"cpu_activations": "int8", "kernel": "reference"}, "w4a16", "cpu", "reference"),
+        ({}, "w4a16", "cpu", None),
+    ],
+)
+def test_int8_activations_are_for_w4a16_on_the_cpu(
+    options: dict[str, str], scheme: str, device: str, kernel: str | None
+) -> None:
+    spec = random_hub(64, 256, scheme).spec(torch.bfloat16)
+    assert Options.parse({"sparse24": options}).kernel_for(spec, torch.device(device)) == kernel
 
 
 def test_registration_is_idempotent_and_known_to_vllm() -> None:

@@ -5,24 +5,27 @@ Everything runs in float32, where no tie between two tokens is close enough for 
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.formats.golden import CASES
+from tests.plugin.agreement import assert_greedy
+from tests.plugin.conftest import NEW_TOKENS, PROMPTS
 from tests.plugin.layers import prune_to_two_of_four
 from tests.plugin.models import (
+    compress,
     linear_layers,
     quantize_inputs,
     random_model,
     save_dense,
+    save_gptq_marlin,
+    save_mixed,
     save_native,
     save_published,
 )
@@ -34,58 +37,6 @@ from vllm_sparse.weight import LinearSpec
 pytest.importorskip("vllm")
 SPEC = LinearSpec(SCHEMES["fp8"], 128, 128, -1, torch.float32, torch.float32)
 pytestmark = pytest.mark.serve
-PROMPTS = [[5, 17, 99, 200, 31, 7], [3, 3], [250, 1, 90, 12, 44, 45, 46, 47, 48]]
-NEW_TOKENS = 12
-
-
-@pytest.fixture
-def engine() -> Iterator[Any]:
-    """Return ``start(path, **options)``, which loads a model into this process and returns what it generates."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.lora.request import LoRARequest
-
-    started: list[Any] = []
-
-    def start(
-        path: Path,
-        sparse24: dict[str, Any] | None = None,
-        prompts: list[list[int]] = PROMPTS,
-        adapter: Path | None = None,
-        **options: Any,
-    ) -> list[list[int]]:
-        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
-        extra = {"additional_config": {"sparse24": sparse24}} if sparse24 else {}
-        llm = LLM(str(path), **defaults | extra | options)
-        started.append(llm)
-        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
-        tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = llm.generate(tokens, wanted, use_tqdm=False, lora_request=lora)
-        return [list(output.outputs[0].token_ids) for output in outputs]
-
-    yield start
-    started.clear()
-    gc.collect()
-    cleanup_dist_env_and_memory()
-
-
-# How far below the reference's best logit a chosen token may be; logits here have a standard deviation above 2, so
-# that a token chosen by a wrong model is several units below. Sums of float32 in another order move a logit by less
-# than 1e-4. With quantized activations they turn a few codes over a rounding edge, of which each moves its activation
-# by 1/127 of the largest (int8) or 1/16 of itself (e4m3): 0.22 was the most seen.
-EXACT, ROUNDED = 1e-3, 0.5
-
-
-def assert_greedy(model: PreTrainedModel, continued: list[list[int]], bound: float = EXACT) -> None:
-    """Assert that every token is the one the reference model would choose, up to ``bound`` in its logit."""
-    model = model.float()
-    for prompt, tokens in zip(PROMPTS, continued, strict=True):
-        assert len(tokens) == NEW_TOKENS
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        gap = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-        assert gap.max() <= bound, f"logits below the best: {gap.tolist()}"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +55,8 @@ def assert_greedy(model: PreTrainedModel, continued: list[list[int]], bound: flo
 def test_native_checkpoint(engine: Any, tmp_path: Path, kind: str, scheme: str, static: bool) -> None:
     stored = save_native(random_model(kind), tmp_path / "m", scheme, static)
     quantize_inputs(stored.reference, scheme, static)
-    assert_greedy(stored.reference, engine(stored.path), EXACT if SCHEMES[scheme].activation is None else ROUNDED)
+    how = f"{kind}, static activations" if static else kind
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path), ("native", scheme, how))
 
 
 PUBLISHED = {case.name: case for case in CASES}
@@ -117,6 +69,7 @@ PUBLISHED = {case.name: case for case in CASES}
         ("bitmask-fp8", "fp8", False),
         ("bitmask-int8", "int8", False),
         ("marlin-4bit-g128-k256", "w4a16", False),
+        ("marlin-8bit-g128-k384", "w8a16", False),
         ("packed-4bit-g32", "w4a16", True),
         ("quantized-fp8-channel", "fp8", True),
         ("quantized-int8-tensor", "int8", True),
@@ -126,22 +79,45 @@ def test_published_checkpoint(engine: Any, tmp_path: Path, name: str, scheme: st
     stored = save_published(random_model(), tmp_path / "m", PUBLISHED[name])
     quantize_inputs(stored.reference, scheme, static=False)
     options = {"quantization": "sparse24"} if flag else {}
-    assert_greedy(
-        stored.reference, engine(stored.path, **options), EXACT if SCHEMES[scheme].activation is None else ROUNDED
-    )
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path, **options), (PUBLISHED[name].format, scheme, name))
+
+
+def test_gptq_marlin_checkpoint(engine: Any, tmp_path: Path) -> None:
+    stored = save_gptq_marlin(random_model(), tmp_path / "m")
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path), ("gptq_marlin_24", "w4a16", ""))
+
+
+def test_mixed_precision_checkpoint(engine: Any, tmp_path: Path) -> None:
+    stored = save_mixed(random_model(), tmp_path / "m")
+    row = ("mixed-precision", "fp8, w4a16", "")
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path, quantization="sparse24"), row)
+
+
+def test_bitmask_of_another_dtype_than_the_model_runs_in(engine: Any, tmp_path: Path) -> None:
+    stored = save_published(random_model(), tmp_path / "m", PUBLISHED["bitmask-bf16"])
+    continued = engine(stored.path, dtype="float16")
+    with torch.no_grad():
+        for prompt, one in zip(PROMPTS, continued, strict=True):
+            logits = stored.reference.float()(torch.tensor([prompt + one.tokens])).logits[0, len(prompt) - 1 : -1]
+            chosen = logits.gather(-1, torch.tensor(one.tokens)[:, None])[:, 0]
+            assert float((logits.max(-1).values - chosen).max()) < 0.05  # fp16 activations, logits up to 8
 
 
 def test_dense_checkpoint_with_a_layer_that_is_not_sparse(engine: Any, tmp_path: Path) -> None:
     model = random_model("qwen2")
     linear_layers(model)["model.layers.1.mlp.down_proj"].weight.data.normal_(std=0.08)
     path = save_dense(model, tmp_path / "m")
-    assert_greedy(model, engine(path, quantization="sparse24"))
+    row = ("dense", "bf16", "one layer not 2:4")
+    assert_greedy(model, PROMPTS, engine(path, quantization="sparse24"), row)
 
 
 def test_dense_checkpoint_quantized_while_loading(engine: Any, tmp_path: Path) -> None:
     path = save_dense(random_model(), tmp_path / "dense")
-    stored = save_native(random_model(), tmp_path / "native", "w4a16")
-    assert_greedy(stored.reference, engine(path, {"scheme": "w4a16"}, quantization="sparse24"), ROUNDED)
+    model = random_model()
+    for name, weight in compress(model, "w4a16", short_scales=False).items():
+        model.get_submodule(name).weight.data = weight.to_dense()
+    row = ("dense", "w4a16", "quantized while loading")
+    assert_greedy(model, PROMPTS, engine(path, {"scheme": "w4a16"}, quantization="sparse24"), row)
 
 
 @pytest.mark.parametrize("stored", ["native", "dense"])
@@ -149,7 +125,7 @@ def test_dummy_weights(engine: Any, tmp_path: Path, stored: str) -> None:
     model = random_model()
     path = save_dense(model, tmp_path / "m") if stored == "dense" else save_native(model, tmp_path / "m", "fp8").path
     options = {"quantization": "sparse24"} if stored == "dense" else {}
-    assert [len(tokens) for tokens in engine(path, load_format="dummy", **options)] == [NEW_TOKENS] * len(PROMPTS)
+    assert len(engine(path, load_format="dummy", **options)) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
@@ -160,14 +136,16 @@ def test_compiled_model(engine: Any, tmp_path: Path, kernel: str, monkeypatch: p
     monkeypatch.setattr(ReferenceKernel, "quantizes_input", False)
     stored = save_native(random_model(), tmp_path / "m", "fp8")
     quantize_inputs(stored.reference, "fp8", static=False)
-    assert_greedy(stored.reference, engine(stored.path, {"kernel": kernel}, enforce_eager=False), ROUNDED)
+    continued = engine(stored.path, {"kernel": kernel}, enforce_eager=False)
+    assert_greedy(stored.reference, PROMPTS, continued, ("native", "fp8", f"compiled, kernel {kernel}"))
 
 
 @pytest.mark.parametrize("scheme", ["int8"])
 def test_two_tensor_parallel_processes(engine: Any, tmp_path: Path, scheme: str) -> None:
     stored = save_native(random_model("qwen2", intermediate_size=512), tmp_path / "m", scheme)
     quantize_inputs(stored.reference, scheme, static=False)
-    assert_greedy(stored.reference, engine(stored.path, tensor_parallel_size=2), ROUNDED)
+    row = ("native", scheme, "two tensor-parallel processes")
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path, tensor_parallel_size=2), row)
 
 
 def test_trained_model(engine: Any, tmp_path: Path) -> None:
@@ -180,7 +158,8 @@ def test_trained_model(engine: Any, tmp_path: Path) -> None:
     stored = save_native(model, tmp_path / "m", "bf16")
     prompt = AutoTokenizer.from_pretrained(source)("def read_lines(path):\n    with open(")["input_ids"]
     wanted = stored.reference.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
-    assert engine(stored.path, prompts=[prompt]) == [wanted[0, len(prompt) :].tolist()]
+    (continued,) = engine(stored.path, prompts=[prompt])
+    assert continued.tokens == wanted[0, len(prompt) :].tolist()
 
 
 def test_lora_on_top(engine: Any, tmp_path: Path) -> None:
@@ -198,4 +177,5 @@ def test_lora_on_top(engine: Any, tmp_path: Path) -> None:
     save_file(tensors, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": targets, "bias": "none"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    assert_greedy(stored.reference, engine(stored.path, adapter=adapter, enable_lora=True, max_lora_rank=8))
+    continued = engine(stored.path, adapter=adapter, enable_lora=True, max_lora_rank=8)
+    assert_greedy(stored.reference, PROMPTS, continued, ("native", "w4a16", "LoRA"))

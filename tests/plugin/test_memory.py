@@ -65,5 +65,6 @@ def test_peak_is_the_compressed_model_and_one_layer(
         megabytes = [round(size / 1e6, 1) for size in (grown, compressed, LAYERS * one, one)]
         print("\npeak while loading {} MB; compressed {} MB, dense {} MB, one layer {} MB".format(*megabytes))
     assert compressed < LAYERS * one * 0.6
-    # Positions are found through int64 indices of one block of rows: about ten times a layer's bf16 while it lasts.
-    assert grown < compressed + 11 * one
+    # Positions are found through int64 indices of one block of rows, about ten times a layer's bf16 while it lasts, and
+    # the allocator may keep one such block beside the one in use.
+    assert grown < compressed + 20 * one

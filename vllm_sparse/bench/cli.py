@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="requests/s to serve at (default: from the baseline's saturation)",
     )
-    add("--arrivals", nargs="+", choices=tuple(ARRIVALS), default=list(ARRIVALS), help="default: both")
+    add("--arrivals", nargs="+", choices=(*ARRIVALS, "none"), default=list(ARRIVALS),
+        help="none: no rates between one stream and all at once (default: constant and poisson)")  # fmt: skip
     add("--seconds", type=float, default=20.0, help="how long each rate is held (default: 20)")
     add("--sla-itl-ms", type=float, default=50.0, help="the line in the ITL plots (default: 50)")
     add("--text", type=Path, help="file whose perplexity is measured")
@@ -98,7 +99,7 @@ def _settings(args: argparse.Namespace, targets: list[Target]) -> Settings:
         resident=args.resident,
         requests=args.requests,
         rates=tuple(sorted(args.rates)),
-        arrivals=tuple(args.arrivals),
+        arrivals=tuple(arrival for arrival in args.arrivals if arrival in ARRIVALS),
         seconds=args.seconds,
         text=args.text,
         text_tokens=args.text_tokens,

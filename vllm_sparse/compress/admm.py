@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -35,11 +38,32 @@ def admm(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     for penalty in _PENALTIES:
         shifted = unit.clone()
         shifted.diagonal().add_(penalty)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        for _ in range(_STEPS):
-            free = (target + penalty * pruned - multiplier) @ inverse
-            moved = free + multiplier / penalty
-            mask = keep_two_of_four(moved.abs())
-            pruned = moved * mask
-            multiplier += penalty * (free - pruned)
+        root = _inverse_triangle(torch.linalg.cholesky(shifted))
+        with _fast_products(weight.device):
+            inverse = root.T @ root
+            for _ in range(_STEPS):
+                right = torch.add(target, pruned, alpha=penalty).sub_(multiplier)
+                # V + multiplier / penalty, whose largest entries D keeps; the multiplier becomes what D leaves.
+                moved = torch.addmm(multiplier, right, inverse, beta=1 / penalty)
+                mask = keep_two_of_four(moved.abs())
+                pruned = moved * mask
+                multiplier = moved.sub_(pruned).mul_(penalty)
     return pruned * scale, mask
+
+
+def _inverse_triangle(lower: Tensor) -> Tensor:
+    """Return the inverse of lower triangular ``lower`` ``[k, k]``."""
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False)
+
+
+@contextmanager
+def _fast_products(device: torch.device) -> Iterator[None]:
+    """Let a GPU multiply in TF32: the mask does not notice, and least squares in float32 follows."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -31,21 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the choice of sequences (default 0)")
     parser.add_argument("--recipe", help="YAML file with these options; the command line wins")
     parser.add_argument("--device", help="such as cuda:0 or cpu (default: the first GPU, else the CPU)")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print layers, bytes, memory and time, measured on one block; write nothing",
+    )
     parser.add_argument("--force", action="store_true", help="replace what is in the output directory")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep finished blocks when cut short, and begin after those kept before"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; errors a user can cause are raised as SparseError."""
-    from vllm_sparse.compress.pipeline import compress  # transformers takes seconds to import
+    from vllm_sparse.compress.pipeline import compress, dry_run  # transformers takes seconds to import
 
-    report = compress(
-        args.model,
-        args.output,
-        calibration=args.calibration,
-        device=args.device,
-        recipe=args.recipe,
-        force=args.force,
-        **{name: getattr(args, name) for name in _RECIPE_OPTIONS},
-    )
+    options = {name: getattr(args, name) for name in ("calibration", "device", "recipe", "force", *_RECIPE_OPTIONS)}
+    if args.dry_run:
+        print(dry_run(args.model, args.output, **options).to_text())
+        return 0
+    report = compress(args.model, args.output, resume=args.resume, **options)
     print(f"{report.summary()}\nwritten to {args.output}")
     return 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from vllm_sparse.compress.grid import Grid
+from vllm_sparse.compress.grid import Grid, fused_block
 
 
 def coordinate_descent(
@@ -25,18 +26,27 @@ def coordinate_descent(
     Returns:
         The improved weight, on the same grid and mask.
     """
-    k = weight.shape[1]
+    k, block = weight.shape[1], fused_block(weight, block)
     q, keep = rounded.T.contiguous(), mask.T.contiguous()
     gradient = h @ (weight - rounded).T
-    diagonal = h.diagonal()
     for start in [*range(0, k, block)] * sweeps:
         stop = min(start + block, k)
-        old = q[start:stop].clone()
-        for j in range(start, stop):
-            best = grid.round(q[j] + gradient[j] / diagonal[j], j) * keep[j]
-            gradient[start:stop].addr_(h[start:stop, j], best - q[j], alpha=-1)
-            q[j] = best
-        change = q[start:stop] - old
-        gradient[:start].addmm_(h[:start, start:stop], change, alpha=-1)
-        gradient[stop:].addmm_(h[stop:, start:stop], change, alpha=-1)
+        own = slice(start, stop)
+        change = _decide_columns(q[own], gradient[own], keep[own], h[own, own], grid, start)
+        gradient.addmm_(h[:, own], change, alpha=-1)
     return q.T.contiguous()
+
+
+def _decide_columns(q: Tensor, gradient: Tensor, keep: Tensor, h: Tensor, grid: Grid, start: int) -> Tensor:
+    """Improve ``q`` ``[block, n]`` in place, its first column being ``start`` of the weight; return the changes."""
+    if q.is_cuda:
+        from vllm_sparse.compress.columns import descent_columns
+
+        scales = grid.transposed_scales(torch.arange(start, start + len(q), device=q.device))
+        return descent_columns(q, gradient, keep, scales, h, grid.scheme)
+    old, slope, diagonal = q.clone(), gradient.clone(), h.diagonal()
+    for j in range(len(q)):
+        best = grid.round(q[j] + slope[j] / diagonal[j], start + j) * keep[j]
+        slope.addr_(h[:, j], best - q[j], alpha=-1)
+        q[j] = best
+    return q - old

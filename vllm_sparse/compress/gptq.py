@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.grid import Grid
+from vllm_sparse.compress.grid import Grid, fused_block
 from vllm_sparse.compress.hessian import damp
 
 
@@ -37,17 +37,27 @@ def gptq(weight: Tensor, h: Tensor, grid: Grid, mask: Tensor, act_order: bool = 
     factor = damp(h[order][:, order], 0.0).factor
     w = weight.T[order].contiguous()
     keep = mask.T[order].contiguous()
-    columns, diagonal = order.tolist(), factor.diagonal()
+    block = fused_block(w, block)
     for start in range(0, k, block):
         stop = min(start + block, k)
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            target = grid.round(w[j], columns[j]) * keep[j]
-            error = (w[j] - target) / diagonal[j]
-            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-            w[j] = target
-            errors[j - start] = error
+        part = factor[start:stop, start:stop]
+        errors = _round_columns(w[start:stop], keep[start:stop], part, grid, order[start:stop])
         w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     result = torch.empty_like(w)
     result[order] = w
     return result.T.contiguous()
+
+
+def _round_columns(w: Tensor, keep: Tensor, factor: Tensor, grid: Grid, columns: Tensor) -> Tensor:
+    """Round ``w`` ``[block, n]`` in place; return the errors of its columns, which are ``columns`` of the grid."""
+    if w.is_cuda:
+        from vllm_sparse.compress.columns import gptq_columns
+
+        return gptq_columns(w, keep, grid.transposed_scales(columns), factor, grid.scheme)
+    errors, diagonal = torch.empty_like(w), factor.diagonal()
+    for j, column in enumerate(columns.tolist()):
+        target = grid.round(w[j], column) * keep[j]
+        errors[j] = (w[j] - target) / diagonal[j]
+        w[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        w[j] = target
+    return errors

@@ -31,6 +31,11 @@ class Grid:
         """Return the scale of every row at input feature ``j``, ``[n]``."""
         return self.scales[:, 0 if self.group_size == -1 else j // self.group_size]
 
+    def transposed_scales(self, columns: Tensor) -> Tensor:
+        """Return the scales of every row at input features ``columns`` ``[c]``, as ``[c, n]``."""
+        index = torch.zeros_like(columns) if self.group_size == -1 else columns // self.group_size
+        return self.scales.T[index].contiguous()
+
     def round(self, column: Tensor, j: int) -> Tensor:
         """Return ``column`` ``[n]``, input feature ``j`` of the weight, rounded to the grid."""
         scale = self.column_scales(j)
@@ -40,6 +45,15 @@ class Grid:
         """Return the codes of ``weight`` ``[n, k]`` in the dtype the scheme stores."""
         codes = weight.unflatten(1, (self.scales.shape[1], -1)) / self.scales.unsqueeze(-1)
         return round_codes(codes, self.scheme).flatten(1).to(self.scheme.value_dtypes[0])
+
+
+def fused_block(weight: Tensor, block: int) -> int:
+    """Return how many columns of ``weight`` to decide between products: ``block``, or what a fused loop holds."""
+    if not weight.is_cuda:
+        return block
+    from vllm_sparse.compress.columns import BLOCK
+
+    return BLOCK
 
 
 def round_codes(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -70,18 +84,18 @@ def search_grid(
     largest = groups.abs().amax(-1)
     # A group of zeros has no scale of its own; any positive one represents it exactly.
     base = torch.where(largest > 0, largest, scheme.max_code) / scheme.max_code
-    best = _storable(base, scale_dtype)
+    best = storable(base, scale_dtype)
     if search:
         least = _squared_error(groups, best, cost, scheme)
         for shrink in _SHRINK:
-            scales = _storable(base * shrink, scale_dtype)
+            scales = storable(base * shrink, scale_dtype)
             error = _squared_error(groups, scales, cost, scheme)
             better = error < least
             best, least = torch.where(better, scales, best), torch.where(better, error, least)
     return Grid(scheme, best, group_size)
 
 
-def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
+def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to ``dtype`` and back, never to zero."""
     return scales.clamp_min(torch.finfo(dtype).tiny).to(dtype).float()
 

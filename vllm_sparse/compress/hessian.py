@@ -9,7 +9,9 @@ from torch import Tensor
 
 from vllm_sparse.errors import FormatError, UnsupportedError
 
-_PANEL = 512  # columns of H computed at once; panels below the diagonal are mirrored, not computed
+# Columns of H computed at once; panels below the diagonal are mirrored, not computed.
+_PANEL = 512
+_PANEL_16_BIT = 2048  # tensor cores need larger products to be busy
 _DAMPENING_STEP = 10.0
 _LARGEST_DAMPENING = 1.0
 
@@ -23,14 +25,23 @@ class Hessian:
 
     def __init__(self, k: int, device: torch.device) -> None:
         self.tokens = 0
+        self._panel = _PANEL
         self._sum = torch.zeros(k, k, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Add inputs ``[..., k]``; products are summed in float32."""
-        x = x.reshape(-1, x.shape[-1]).float()
+        """Add inputs ``[..., k]``; products are summed in float32. All inputs have one dtype."""
+        x = x.reshape(-1, x.shape[-1])
         self.tokens += x.shape[0]
-        for start in range(0, x.shape[1], _PANEL):
-            stop = start + _PANEL
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            self._panel = _PANEL_16_BIT
+            for start in range(0, x.shape[1], self._panel):
+                stop = start + self._panel
+                product = torch.mm(x[:, start:stop].T, x[:, start:], out_dtype=torch.float32)
+                self._sum[start:stop, start:] += product
+            return
+        x = x.float()
+        for start in range(0, x.shape[1], self._panel):
+            stop = start + self._panel
             self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
     def matrix(self, layer: str) -> Tensor:
@@ -39,8 +50,9 @@ class Hessian:
         Raises:
             FormatError: the activations held NaN or Inf; ``layer`` is in the message.
         """
-        for start in range(_PANEL, self._sum.shape[0], _PANEL):
-            self._sum[start : start + _PANEL, :start] = self._sum[:start, start : start + _PANEL].T
+        for start in range(self._panel, self._sum.shape[0], self._panel):
+            stop = start + self._panel
+            self._sum[start:stop, :start] = self._sum[:start, start:stop].T
         h = self._sum / max(1, self.tokens)
         if not bool(torch.isfinite(h).all()):
             raise FormatError(f"{layer}: its inputs overflow or hold NaN during calibration")
@@ -53,7 +65,8 @@ class Damped:
 
     Attributes:
         h: H with ``dampening`` times its mean diagonal added, float32 ``[k, k]``.
-        factor: upper triangular U with U^T U = h^-1 (GPTQ, arXiv 2210.17323, step 3), float32 ``[k, k]``.
+        factor: upper triangular U with U^T U = h^-1 (GPTQ, arXiv 2210.17323, step 3), float32 ``[k, k]``; empty where
+            it was not asked for.
         dampening: the share of the mean diagonal that was needed.
         dead: bool ``[k]``, inputs that were always zero. Their weights can be anything, so they become zero.
     """
@@ -64,8 +77,8 @@ class Damped:
     dead: Tensor
 
 
-def damp(h: Tensor, dampening: float = 0.01, layer: str = "layer") -> Damped:
-    """Add ``dampening`` times the mean diagonal to ``h`` ``[k, k]`` and factor its inverse.
+def damp(h: Tensor, dampening: float = 0.01, layer: str = "layer", invert: bool = True) -> Damped:
+    """Add ``dampening`` times the mean diagonal to ``h`` ``[k, k]`` and, with ``invert``, factor its inverse.
 
     When the result is not positive definite, double precision and then ten times the dampening are tried.
 
@@ -81,7 +94,7 @@ def damp(h: Tensor, dampening: float = 0.01, layer: str = "layer") -> Damped:
         # A dead input has an empty row and column; any positive diagonal leaves the others alone.
         damped.diagonal()[dead] = mean
         for dtype in (torch.float32, torch.float64):
-            factor = _inverse_factor(damped.to(dtype))
+            factor = _inverse_factor(damped.to(dtype)) if invert else _nothing_if_definite(damped.to(dtype))
             if factor is not None:
                 return Damped(damped, factor.float(), dampening, dead)
         dampening = dampening * _DAMPENING_STEP if dampening else 1e-6
@@ -95,6 +108,11 @@ def _inverse_factor(h: Tensor) -> Tensor | None:
         return None
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+
+
+def _nothing_if_definite(h: Tensor) -> Tensor | None:
+    """Return an empty tensor, or None when ``h`` is not numerically positive definite."""
+    return None if int(torch.linalg.cholesky_ex(h)[1]) else h.new_empty(0)
 
 
 def energy(difference: Tensor, h: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,9 +11,14 @@ def keep_two_of_four(scores: Tensor) -> Tensor:
 
     Of equal scores the one with the lower position is kept, on every device.
     """
-    groups = scores.unflatten(-1, (-1, 4))
-    order = groups.argsort(dim=-1, descending=True, stable=True)
-    return (order.argsort(dim=-1) < 2).flatten(-2)
+    a, b, c, d = scores.unflatten(-1, (-1, 4)).unbind(-1)
+    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
+    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    entries = keep.unflatten(-1, (-1, 4))
+    # Kept is what wins two of its three comparisons.
+    for i, (x, y, z) in enumerate(((ab, ac, ad), (~ab, bc, bd), (~ac, ~bc, cd), (~ad, ~bd, ~cd))):
+        entries[..., i] = (x & y) | (x & z) | (y & z)
+    return keep
 
 
 def magnitude_mask(weight: Tensor) -> Tensor:

@@ -186,9 +186,10 @@ class BlockModel:
             raise FormatError(f"{parameter}: expected shape {list(old.shape)}, the checkpoint has {list(tensor.shape)}")
         if not tensor.is_floating_point():
             return tensor.to(self._device)
+        tensor = tensor.to(self._device)
         if not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{parameter}: the weight holds NaN or Inf")
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._dtype)
 
     def _match_names(self) -> dict[str, str]:
         """Return the checkpoint's name of every tensor of the model; some drop or add the base model's prefix."""

@@ -20,6 +20,7 @@ class Progress:
     def __init__(self, total: int, stream: TextIO | None = None, quiet: bool = False) -> None:
         self._total = total
         self._done = 0
+        self._skipped = 0
         self._start = time.monotonic()
         self._stream = stream or sys.stderr
         self._quiet = quiet
@@ -43,9 +44,17 @@ class Progress:
             self._bar.write(text, file=self._stream)
             self._bar.update()
             return
-        left = (time.monotonic() - self._start) / self._done * (self._total - self._done)
+        left = (time.monotonic() - self._start) / (self._done - self._skipped) * (self._total - self._done)
         width = len(str(self._total))
-        print(f"[{self._done:{width}d}/{self._total}] {text}  {_clock(left)} left", file=self._stream, flush=True)
+        print(f"[{self._done:{width}d}/{self._total}] {text}  {clock(left)} left", file=self._stream, flush=True)
+
+    def skip(self, steps: int, text: str) -> None:
+        """Some steps were done in an earlier run, which says nothing about the time of those to come."""
+        self._done += steps
+        self._skipped += steps
+        if self._bar is not None:
+            self._bar.update(steps)
+        self.say(text)
 
     def say(self, text: str) -> None:
         """Print a line that is no step."""
@@ -55,7 +64,8 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a time as minutes and seconds, with hours where there are some."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

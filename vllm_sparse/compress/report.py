@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import safe_open
 
@@ -15,7 +16,7 @@ from vllm_sparse.compress.layer import LayerReport
 from vllm_sparse.compress.recipe import Recipe
 from vllm_sparse.errors import OutputError
 from vllm_sparse.formats.base import Format
-from vllm_sparse.weight import count_violations
+from vllm_sparse.weight import count_violations, nonzero_mask
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Report:
         bytes_before, bytes_after: size of all tensors.
         verification: see ``Verification``.
         seconds: wall time.
+        phases: seconds by phase: load, calibrate (the passes that accumulate H), prune (mask and least squares),
+            refine, quantize, write, propagate, verify.
+        peak_device_bytes: the most memory that tensors held on the GPU, by phase; empty on a CPU.
         versions: of this package, torch and transformers.
     """
 
@@ -60,6 +64,8 @@ class Report:
     bytes_after: int
     verification: Verification
     seconds: float
+    phases: dict[str, float]
+    peak_device_bytes: dict[str, int]
     versions: dict[str, str]
 
     def to_json(self) -> str:
@@ -79,7 +85,7 @@ class Report:
         )
 
 
-def verify(directory: Path, form: Format, layers: Iterable[str]) -> Verification:
+def verify(directory: Path, form: Format, layers: Iterable[str], device: torch.device | str = "cpu") -> Verification:
     """Read every 2:4 layer from the files in ``directory`` and count the groups that are not 2:4.
 
     Raises:
@@ -92,13 +98,13 @@ def verify(directory: Path, form: Format, layers: Iterable[str]) -> Verification
         for name, file in files.items():
             if name.rpartition(".")[0] == layer and not name.endswith(".bias"):
                 with safe_open(file, framework="pt") as handle:
-                    tensors[name.rpartition(".")[2]] = handle.get_tensor(name)
+                    tensors[name.rpartition(".")[2]] = handle.get_tensor(name).to(device)
         weight = form.to_weight(layer, tensors, [])
         dense = weight.to_dense_codes()
         count += 1
         groups += dense.numel() // 4
         violations += count_violations(dense)
-        zeros += dense.numel() - int((dense.float() != 0).sum())
+        zeros += dense.numel() - int(nonzero_mask(dense).sum())
     if violations:
         raise OutputError(f"{directory}: {violations} of {groups} written groups of four are not 2:4; nothing was kept")
     return Verification(count, groups, violations, zeros / max(1, 4 * groups))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.grid import Grid
+from vllm_sparse.compress.grid import Grid, fused_block
 from vllm_sparse.compress.magnitude import keep_two_of_four
 
 
@@ -26,20 +26,33 @@ def sparsegpt(weight: Tensor, factor: Tensor, grid: Grid | None = None, block: i
     # Column j of the weight is row j here, so that the inner loop touches contiguous memory.
     w = weight.T.clone(memory_format=torch.contiguous_format)
     keep = torch.empty_like(w, dtype=torch.bool)
-    diagonal = factor.diagonal()
+    block = fused_block(w, block)
     for start in range(0, k, block):
         stop = min(start + block, k)
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            if j % 4 == 0:  # what is left of each weight after the columns before it, over the cost of losing it
-                scores = (w[j : j + 4] / diagonal[j : j + 4, None]).square()
-                keep[j : j + 4] = keep_two_of_four(scores.T).T
-            target = w[j] * keep[j]
-            if grid is not None:
-                target = grid.round(target, j)
-            error = (w[j] - target) / diagonal[j]
-            w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
-            w[j] = target
-            errors[j - start] = error
-        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        own = slice(start, stop)
+        errors = _prune_columns(w[own], keep[own], factor[own, own], grid, start)
+        w[stop:].addmm_(factor[own, stop:].T, errors, alpha=-1)
     return w.T.contiguous(), keep.T.contiguous()
+
+
+def _prune_columns(w: Tensor, keep: Tensor, factor: Tensor, grid: Grid | None, start: int) -> Tensor:
+    """Prune ``w`` ``[block, n]`` in place and fill ``keep``; return the errors of the columns."""
+    if w.is_cuda:
+        from vllm_sparse.compress.columns import sparsegpt_columns
+
+        if grid is None:
+            return sparsegpt_columns(w, keep, factor)
+        columns = torch.arange(start, start + len(w), device=w.device)
+        return sparsegpt_columns(w, keep, factor, grid.transposed_scales(columns), grid.scheme)
+    errors, diagonal = torch.empty_like(w), factor.diagonal()
+    for j in range(len(w)):
+        if j % 4 == 0:  # what is left of each weight after the columns before it, over the cost of losing it
+            scores = (w[j : j + 4] / diagonal[j : j + 4, None]).square()
+            keep[j : j + 4] = keep_two_of_four(scores.T).T
+        target = w[j] * keep[j]
+        if grid is not None:
+            target = grid.round(target, start + j)
+        errors[j] = (w[j] - target) / diagonal[j]
+        w[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        w[j] = target
+    return errors

@@ -10,6 +10,7 @@ from vllm_sparse.formats.bitmask import BitmaskFormat
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.formats.gptq_marlin24 import GptqMarlin24Format
 from vllm_sparse.formats.marlin24 import Marlin24Format
+from vllm_sparse.formats.mixed import MixedFormat
 from vllm_sparse.formats.packed import PackedFormat
 from vllm_sparse.formats.passthrough import PassThroughFormat
 from vllm_sparse.formats.quantized import QuantizedFormat
@@ -28,6 +29,7 @@ FORMATS: tuple[type[Format], ...] = (
     PassThroughFormat,
     QuantizedFormat,
     PackedFormat,
+    MixedFormat,
     DenseFormat,
 )
 

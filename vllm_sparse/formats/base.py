@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -212,23 +211,3 @@ def per_channel(scale: Tensor, parts: Sequence[int]) -> Tensor:
 def largest_input_scale(scale: Tensor) -> Tensor:
     """Return the scale ``[1]`` for fused parts, which share one activation: the largest one clips none of them."""
     return scale.float().max().reshape(1)
-
-
-def names_in(value: Any, what: str) -> tuple[str, ...]:
-    """Return a config's list of module names and ``re:`` patterns; raise FormatError if it is anything else."""
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise FormatError(f"quantization_config: {what} must be a list of module names")
-    for entry in value:
-        if entry.startswith("re:"):
-            try:
-                re.compile(entry[3:])
-            except (re.error, OverflowError, RecursionError) as error:
-                raise FormatError(f"quantization_config: {what} has a bad pattern {entry!r} ({error})") from error
-    return tuple(value)
-
-
-def is_ignored(module: str, patterns: Sequence[str]) -> bool:
-    """Return whether ``module`` is named by ``patterns``: an exact name, or ``re:`` and a regular expression."""
-    return any(re.match(p[3:], module) is not None if p.startswith("re:") else p == module for p in patterns)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import TensorSpec, check_columns, is_ignored, matrix, names_in
+from vllm_sparse.formats.base import TensorSpec, check_columns, matrix
 from vllm_sparse.formats.compressed_tensors import (
     CompressedTensorsFormat,
     Group,
@@ -21,6 +21,7 @@ from vllm_sparse.formats.compressed_tensors import (
     scales_of,
     sparsity,
 )
+from vllm_sparse.formats.names import is_ignored, names_in
 from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import POSITIONS_OF_MASK, Sparse24Weight, pack_nibbles, unpack_nibbles
 
@@ -84,7 +85,10 @@ class BitmaskFormat(CompressedTensorsFormat):
             return None
         if "Linear" not in self.sparse_targets and not is_ignored(module, self.sparse_targets):
             return None
-        return super().group_of(module) or Group((), SCHEMES["bf16"])
+        group = super().group_of(module) or Group((), SCHEMES["bf16"])
+        if group.scheme is None:
+            raise FormatError(f"{module}: stored as {self.name}, but quantized in a way that no 2:4 scheme has")
+        return group
 
     def scheme_of(self, module: str) -> Scheme | None:
         scheme = super().scheme_of(module)
@@ -95,8 +99,9 @@ class BitmaskFormat(CompressedTensorsFormat):
         group = self.our_group(module)
         assert group.scheme is not None
         value_dtype = group.scheme.value_dtypes[0] if group.scheme.scaled else dtype
+        also = () if group.scheme.scaled else group.scheme.value_dtypes  # a model may run in another dtype than its own
         specs = [
-            TensorSpec("compressed", (n, k // 2), value_dtype, 0, 1),
+            TensorSpec("compressed", (n, k // 2), value_dtype, 0, 1, accepts=also),
             TensorSpec("bitmask", (n, -(-k // 8)), torch.uint8, 0, 1, input_multiple=8),
             TensorSpec("shape", (2, 1), torch.int64, None, None, metadata=True),
         ]

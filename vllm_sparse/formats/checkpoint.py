@@ -182,9 +182,10 @@ class CheckpointWriter:
     Args:
         out: final directory. Must not exist or be empty unless ``force``, which replaces it at the end.
         shard_bytes: largest size of one shard.
+        keep: leave what was written in place when the run is cut short, under a name that the next run finds again.
     """
 
-    def __init__(self, out: str | Path, force: bool = False, shard_bytes: int = 5 << 30) -> None:
+    def __init__(self, out: str | Path, force: bool = False, shard_bytes: int = 5 << 30, keep: bool = False) -> None:
         self.out = Path(os.path.abspath(out))
         self._force = force
         self._shard_bytes = shard_bytes
@@ -198,13 +199,14 @@ class CheckpointWriter:
             raise OutputError(f"{self.out}: exists and is not a directory")
         if self.out.is_dir() and any(self.out.iterdir()) and not force:
             raise OutputError(f"{self.out}: the output directory is not empty; use --force to replace it")
-        self.directory = self.out.with_name(f".{self.out.name}.partial-{os.getpid()}")
+        self._keep = keep
+        self.directory = self.out.with_name(f".{self.out.name}.partial" + ("" if keep else f"-{os.getpid()}"))
         self._umask = os.umask(0o022)  # it can be read only by setting it
         os.umask(self._umask)
 
     def __enter__(self) -> CheckpointWriter:
         with _named_output_errors(self.directory):
-            self.directory.mkdir(parents=True)
+            self.directory.mkdir(parents=True, exist_ok=self._keep)
         self._old_sigterm = _raise_on_sigterm()
         return self
 
@@ -215,7 +217,8 @@ class CheckpointWriter:
             if kind is None:
                 self._finish()
         finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            if not self._keep:
+                shutil.rmtree(self.directory, ignore_errors=True)
             if self._old_sigterm is not None:
                 signal.signal(signal.SIGTERM, self._old_sigterm)
 
@@ -228,6 +231,26 @@ class CheckpointWriter:
             tensor = tensor.clone()  # a view would keep all of its storage in memory until the shard is written
         self._pending[name] = tensor
         self._pending_bytes += tensor.nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all tensors added so far."""
+        return self._total_bytes + self._pending_bytes
+
+    def adopt(self, file: str) -> None:
+        """Count a shard that an earlier run left in ``directory`` as written.
+
+        Raises:
+            FormatError: it is not there, or truncated.
+        """
+        path = self.directory / file
+        try:
+            with safe_open(path, framework="pt") as shard:
+                names = list(shard.keys())
+                self._total_bytes += sum(shard.get_tensor(name).nbytes for name in names)
+        except (SafetensorError, OSError) as error:
+            raise FormatError(f"{path}: missing, truncated or not a safetensors file ({error})") from error
+        self._shards.append((path, names))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file into the directory."""
@@ -243,10 +266,10 @@ class CheckpointWriter:
         with _named_output_errors(self.directory / file.name):
             shutil.copyfile(file, self.directory / file.name)
 
-    def flush(self) -> None:
-        """Put every tensor added so far on disk, in a shard of ``directory``."""
+    def flush(self) -> str:
+        """Put every tensor added so far on disk, in a shard of ``directory``; return the name of the last shard."""
         if self._shards and not self._pending:
-            return
+            return self._shards[-1][0].name
         path = self.directory / f"shard-{len(self._shards):05d}.safetensors"
         with _named_output_errors(path):
             save_file(_unshared(self._pending), path, metadata={"format": "pt"})
@@ -254,6 +277,7 @@ class CheckpointWriter:
         self._shards.append((path, list(self._pending)))
         self._total_bytes += self._pending_bytes
         self._pending, self._pending_bytes = {}, 0
+        return path.name
 
     def _finish(self) -> None:
         self.flush()
@@ -265,7 +289,9 @@ class CheckpointWriter:
                 path.rename(self.directory / file)
             weight_map.update(dict.fromkeys(names, file))
         if len(self._shards) > 1:
-            self.write_json(INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map})
+            self.write_json(
+                INDEX, {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            )
         with _named_output_errors(self.out):
             self._replace()
 

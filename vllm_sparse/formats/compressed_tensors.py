@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import (
-    SCALE_DTYPES,
-    Format,
-    TensorSpec,
-    is_ignored,
-    largest_input_scale,
-    names_in,
-    per_channel,
-)
+from vllm_sparse.formats.base import SCALE_DTYPES, Format, TensorSpec, largest_input_scale, per_channel
+from vllm_sparse.formats.names import is_ignored, names_in
 from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme
 
 METHOD = "compressed-tensors"

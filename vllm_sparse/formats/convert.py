@@ -191,6 +191,11 @@ class Converter:
                 continue
             if "weight_scale" in names and not self.to_dense:
                 raise FormatError(f"{module}: is quantized in a way that the native format cannot hold; use --to dense")
+            if last.endswith("_proj") and len(self.checkpoint.tensors[name].shape) == 3 and not self.to_dense:
+                raise FormatError(
+                    f"{module}: holds all experts in one tensor {last}, but the native format has a weight for each; "
+                    f"transformers' save_pretrained writes most models so"
+                )
             if last == "weight" and len(self.checkpoint.tensors[name].shape) == 2 and not _is_embedding(module):
                 self.summary.dense.append(module)
             self._write(name, self.checkpoint.load(name))

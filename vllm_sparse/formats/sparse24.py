@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import (
-    Format,
-    TensorSpec,
-    check_columns,
-    is_ignored,
-    largest_input_scale,
-    matrix,
-    names_in,
-)
+from vllm_sparse.formats.base import Format, TensorSpec, check_columns, largest_input_scale, matrix
+from vllm_sparse.formats.names import is_ignored, names_in
 from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme
 from vllm_sparse.weight import Sparse24Weight
 

@@ -7,13 +7,24 @@ import torch
 from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.kernels.base import Kernel
 from vllm_sparse.kernels.cpu import CpuKernel, CpuW4A8Kernel
-from vllm_sparse.kernels.cuda_fp8 import CudaFp8Kernel
+from vllm_sparse.kernels.cuda_hopper import CudaBf16Kernel, CudaFp8Kernel, CudaInt8Kernel
+from vllm_sparse.kernels.cuda_mma import CudaMmaFp8A16Kernel, CudaMmaKernel
 from vllm_sparse.kernels.cuda_w4a16 import CudaW4A16Kernel
 from vllm_sparse.kernels.reference import ReferenceKernel
 from vllm_sparse.weight import LinearSpec
 
 # Behind the reference kernel, which runs everything, stand those that run only when asked for by name.
-KERNELS: tuple[Kernel, ...] = (CudaFp8Kernel(), CudaW4A16Kernel(), CpuKernel(), ReferenceKernel(), CpuW4A8Kernel())
+KERNELS: tuple[Kernel, ...] = (
+    CudaFp8Kernel(),
+    CudaInt8Kernel(),
+    CudaBf16Kernel(),
+    CudaW4A16Kernel(),
+    CudaMmaKernel(),
+    CudaMmaFp8A16Kernel(),
+    CpuKernel(),
+    ReferenceKernel(),
+    CpuW4A8Kernel(),
+)
 
 
 def reasons_against(spec: LinearSpec, device: torch.device) -> dict[str, str | None]:

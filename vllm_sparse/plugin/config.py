@@ -13,13 +13,20 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vllm_sparse.errors import OptionError, UnsupportedError
 from vllm_sparse.formats import Format, claims, detect
-from vllm_sparse.formats.base import is_ignored
 from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.mixed import MixedFormat
+from vllm_sparse.formats.names import is_ignored
 from vllm_sparse.formats.packed import PackedFormat
 from vllm_sparse.formats.passthrough import PassThroughFormat
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.plugin import METHOD
-from vllm_sparse.plugin.compat import additional_config, logger, warn_if_untested
+from vllm_sparse.plugin.compat import (
+    additional_config,
+    enable_dependent_launch,
+    logger,
+    routed_experts_class,
+    warn_if_untested,
+)
 from vllm_sparse.plugin.options import Options
 from vllm_sparse.plugin.report import LoadReport
 from vllm_sparse.scheme import Scheme, get_scheme
@@ -116,7 +123,7 @@ class Sparse24Config(QuantizationConfig):
         from vllm.model_executor.models.utils import WeightsMapper
 
         renamed = dict(self.format.renamed)
-        if isinstance(self.format, PackedFormat):
+        if isinstance(self.format, (PackedFormat, MixedFormat)):
             renamed[".weight_shape"] = None  # metadata, see Sparse24LinearMethod
         return WeightsMapper(orig_to_new_suffix=renamed) | QuantizationConfig.get_cache_scale_mapper()
 
@@ -128,11 +135,15 @@ class Sparse24Config(QuantizationConfig):
 
         if self.stock is not None:
             self.stock.packed_modules_mapping = self.packed_modules_mapping
+        module = prefix or type(layer).__name__
+        experts = routed_experts_class()
+        if experts is not None and isinstance(layer, experts):
+            return self._moe_method(layer, module)
         if not isinstance(layer, LinearBase):
             return None if self.stock is None else self.stock.get_quant_method(layer, prefix)
-        module = prefix or type(layer).__name__
         fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
         warn_if_untested()
+        enable_dependent_launch()
         found = self._stored_as(module, fmt)
         if found is None:
             self.report.ignored(module)
@@ -146,6 +157,27 @@ class Sparse24Config(QuantizationConfig):
 
         return UnquantizedLinearMethod() if self.stock is None else self.stock.get_quant_method(layer, prefix)
 
+    def stock_moe_method(self, layer: Any, module: str) -> Any:
+        """Return the method that vLLM itself has for experts that are not 2:4."""
+        from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+        own = None if self.stock is None else self.stock.get_quant_method(layer, module)
+        return UnquantizedFusedMoEMethod(layer.moe_config) if own is None else own
+
+    def _moe_method(self, layer: Any, module: str) -> Any:
+        from vllm_sparse.plugin.experts import Sparse24MoEMethod
+
+        _ = self.options
+        warn_if_untested()
+        parts = [layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name]
+        found = self._scheme_of_all(
+            module, [f"{module}.{expert}.{part}" for expert in range(layer.global_num_experts) for part in parts]
+        )
+        if found is None:
+            self.report.ignored(module)
+            return self.stock_moe_method(layer, module)
+        return Sparse24MoEMethod(self, layer, module, found)
+
     def _stored_as(self, module: str, fmt: Format) -> tuple[str, Scheme] | None:
         """Return a checkpoint's name for ``module`` and its scheme, or None if it is stored dense.
 
@@ -155,15 +187,22 @@ class Sparse24Config(QuantizationConfig):
             return None
         # Asked by the names of its parts: a fused name matches no target that is a part's name or a pattern of it.
         names = fused_names(module, self.packed_modules_mapping)
-        schemes = {name: fmt.scheme_of(name) for name in names}
+        scheme = self._scheme_of_all(module, names)
+        return None if scheme is None else (names[0], scheme)
+
+    def _scheme_of_all(self, module: str, names: list[str]) -> Scheme | None:
+        """Return the scheme that the checkpoint has for all of ``names``, None if they are stored dense."""
+        schemes = {name: self.format.scheme_of(name) for name in names}
         if len(set(schemes.values())) > 1:
-            told = ", ".join(f"{name.rpartition('.')[2]} {s.name if s else 'dense'}" for name, s in schemes.items())
+            kinds: dict[str, str] = {}  # the first name of each kind
+            for name, scheme in schemes.items():
+                kinds.setdefault(scheme.name if scheme else "dense", name.removeprefix(f"{module.rpartition('.')[0]}."))
+            told = ", ".join(f"{name} {kind}" for kind, name in kinds.items())
             raise UnsupportedError(
                 f"{module}: vLLM runs its parts as one layer, but the checkpoint stores them differently ({told}); "
                 f"compress all of them alike or none"
             )
-        scheme = schemes[names[0]]
-        return None if scheme is None else (names[0], scheme)
+        return schemes[names[0]]
 
 
 def fused_names(module: str, packed_modules_mapping: Mapping[str, list[str]]) -> list[str]:

@@ -163,7 +163,7 @@ class Sparse24LinearMethod(LinearMethodBase):
     def _install(self, layer: torch.nn.Module, weight: Sparse24Weight) -> None:
         """Pack ``weight`` for the best kernel and register what it needs in place of what was loaded."""
         spec = weight.spec(self.dtype)
-        kernel = choose_kernel(spec, weight.device, self.config.options.kernel)
+        kernel = choose_kernel(spec, weight.device, self.config.options.kernel_for(spec, weight.device))
         packed = kernel.prepare(spec, weight)
         if weight.input_scale is not None:
             packed.setdefault("input_scale", weight.input_scale)

@@ -24,9 +24,9 @@ class LoadReport:
         self._fallbacks: Counter[str] = Counter()
         self._said = False
 
-    def expect(self) -> None:
-        """Another layer will be loaded that may run 2:4."""
-        self._expected += 1
+    def expect(self, layers: int = 1) -> None:
+        """More layers will be loaded that may run 2:4; a projection of all experts of a layer counts as one."""
+        self._expected += layers
 
     def ignored(self, module: str) -> None:
         """``module`` is stored dense, as the checkpoint's config says."""

@@ -1,4 +1,4 @@
-// The FP8 2:4 kernel: one skeleton from one token to thousands.
+// The 2:4 kernel for fp8, int8, bf16 and fp16: one skeleton from one token to thousands.
 //
 // The weight is the sparse operand (64 features per warpgroup), tokens are the other one, so the accumulators hold
 // out^T. Two warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer
@@ -11,11 +11,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "fp8_linear.h"
+#include <type_traits>
+
+#include "hopper_linear.h"
 #include "hopper_ptx.cuh"
 #include "sparse_wgmma.cuh"
 
-namespace vllm_sparse::fp8 {
+namespace vllm_sparse::hopper {
 
 struct KernelArguments {
     const uint8_t* weight;
@@ -26,7 +28,7 @@ struct KernelArguments {
     int m, n;
     int x_scale_stride;
     int x_rows;     // tokens that one block of a cluster loads per tile
-    bool x_planes;  // the map of x has planes of 128 columns: one copy fetches a stage
+    bool x_planes;  // the map of x has planes of one brick's columns: one copy fetches a stage
     bool half_out;
     bool stream_weight;  // each weight byte is read once: let L2 drop it first
     int column_tiles;    // stages along k
@@ -35,22 +37,26 @@ struct KernelArguments {
     int tiles;          // of the whole cluster
 };
 
-template <int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_, int SPLIT_>
+template <typename Element_, int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_, int SPLIT_>
 struct Tile {
+    using Element = Element_;
+    using Sum = typename Element::Sum;
+    static constexpr bool SCALED = Element::BYTES == 1;
     static constexpr int TOKENS = TOKENS_;          // tokens of a tile
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers, 64 features each
-    static constexpr int BRICKS = BRICKS_;          // bricks (128 columns) per stage and warpgroup
+    static constexpr int BRICKS = BRICKS_;          // bricks per stage and warpgroup
     static constexpr int STAGES = STAGES_;
     static constexpr int CLUSTER = CLUSTER_;  // blocks with neighbouring features that share the tokens' loads
     static constexpr int SPLIT = SPLIT_;      // blocks that share a tile's columns
     static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
 
     static constexpr int THREADS = 128 * WARPGROUPS + 64;
-    static constexpr int X_BYTES = TOKENS * kBrickColumns * BRICKS;
-    static constexpr int W_SLICE = kBrickBytes * BRICKS;
-    static constexpr int STAGE_BYTES = X_BYTES + W_SLICE * WARPGROUPS;
-    static constexpr int ACCUMULATORS = TOKENS / 2;  // per thread
-    static constexpr int VECTORS = TOKENS / 8;       // the same as float4
+    static constexpr int X_BYTES = TOKENS * kBrickRowBytes * BRICKS;
+    static constexpr int BRICK_BYTES = brick_bytes(Element::BYTES);
+    static constexpr int W_SLICE = BRICK_BYTES * BRICKS;
+    static constexpr int STAGE_BYTES = (X_BYTES + W_SLICE * WARPGROUPS + 1023) / 1024 * 1024;  // the swizzle's period
+    static constexpr int ACCUMULATORS = TOKENS / 2;                                            // per thread
+    static constexpr int VECTORS = TOKENS / 8;                                                 // the same as float4
     static constexpr int OWNERS =
         SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
@@ -58,12 +64,12 @@ struct Tile {
     // Large tiles leave through the copy engine (three buffers of 16 tokens x 64 features per warpgroup): ordinary
     // stores would block the next tile's loads behind them. Small ones leave by ordinary stores (per warp 16 features,
     // padded off the banks), which are sooner there.
-    static constexpr bool STORES_TILES = TOKENS == 256 && SPLIT == 1;
+    static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 512 && SPLIT == 1;
     static constexpr int STAGED_TOKENS = STORES_TILES || OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
     static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
     static constexpr int OUT_BUFFERS = STORES_TILES ? 3 : 4;  // one per warp
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
-    static constexpr int SCALE_BYTES = OUT_TOKENS * 4 + 64 * 4 + 64 * 2;
+    static constexpr int SCALE_BYTES = (SCALED ? OUT_TOKENS * 4 + 64 * 4 : 0) + 64 * 2;
     static constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES +
                                         WARPGROUPS * (OUT_BUFFERS * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
 
@@ -71,7 +77,26 @@ struct Tile {
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
 
     static_assert(TOKENS / CLUSTER >= 8, "a block loads whole groups of eight tokens");
+    static_assert(BRICKS == 1 || CLUSTER == 1, "one copy of several bricks would not lie where a shared stage has it");
     static_assert(SHARED_BYTES <= 232448, "more shared memory than a block can have");
+};
+
+// A thread's positions of one brick, two instructions' worth: a word for each, or one word of which half of the threads
+// serve the first and the others the second.
+template <typename Element>
+struct Positions {
+    static constexpr int WORDS = 2 / Element::BYTES;
+    uint32_t words[WORDS];
+
+    __device__ void load(uint32_t address, int thread) { ptx::load_shared(address + thread * 4 * WORDS, words); }
+    template <int STEP, typename Sums>
+    __device__ void multiply(Sums& d, uint64_t a, uint64_t b) const {
+        if constexpr (Element::BYTES == 1) {
+            wgmma::multiply<0>(Element(), d, a, b, words[STEP]);
+        } else {
+            wgmma::multiply<STEP>(Element(), d, a, b, words[0]);
+        }
+    }
 };
 
 // Position in the ring of stages, and the parity that its barrier is waited for with.
@@ -84,7 +109,7 @@ struct Ring {
     }
 };
 
-struct BFloat16 {
+struct ToBFloat16 {
     static __device__ uint32_t pack(float a, float b) {
         const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
         return *reinterpret_cast<const uint32_t*>(&v);
@@ -92,7 +117,7 @@ struct BFloat16 {
     static __device__ float unpack(uint16_t v) { return __bfloat162float(__ushort_as_bfloat16(v)); }
 };
 
-struct Float16 {
+struct ToFloat16 {
     static __device__ uint32_t pack(float a, float b) {
         const __half2 v = __floats2half2_rn(a, b);
         return *reinterpret_cast<const uint32_t*>(&v);
@@ -105,7 +130,6 @@ template <typename T>
 struct Scales {
     float tokens[T::OUT_TOKENS];
     float features[64];
-    uint16_t bias[64];
 
     __device__ void fetch(const KernelArguments& args, int feature_begin, int token_begin, int thread) {
 #pragma unroll
@@ -115,7 +139,21 @@ struct Scales {
         }
         if (thread < 64) {
             ptx::copy_async_4(ptx::shared_address(features + thread), args.weight_scale + feature_begin + thread);
-        } else if (thread < 96) {
+        }
+    }
+};
+
+struct NoScales {
+    __device__ void fetch(const KernelArguments&, int, int, int) {}
+};
+
+template <typename T>
+struct Epilogue : std::conditional_t<T::SCALED, Scales<T>, NoScales> {
+    uint16_t bias[64];
+
+    __device__ void fetch_all(const KernelArguments& args, int feature_begin, int token_begin, int thread) {
+        this->fetch(args, feature_begin, token_begin, thread);
+        if (thread >= 64 && thread < 96) {
             const int i = 2 * (thread - 64);
             if (args.bias == nullptr) {
                 *reinterpret_cast<uint32_t*>(bias + i) = 0;
@@ -130,28 +168,38 @@ struct Scales {
 // One thread's way from accumulators to output values: its two features (8 apart) of a warp's 16.
 template <typename T, typename Out>
 struct Converter {
-    const float* token_scales;
-    float scale_low, scale_high, bias_low, bias_high;
+    const float* token_scales = nullptr;
+    float scale_low = 1.f, scale_high = 1.f, bias_low, bias_high;
 
-    __device__ Converter(const Scales<T>& scales, int warp, int lane) : token_scales(scales.tokens + 2 * (lane % 4)) {
+    __device__ Converter(const Epilogue<T>& epilogue, int warp, int lane) {
         const int row = warp * 16 + lane / 4;
-        scale_low = scales.features[row], scale_high = scales.features[row + 8];
-        bias_low = Out::unpack(scales.bias[row]), bias_high = Out::unpack(scales.bias[row + 8]);
+        bias_low = Out::unpack(epilogue.bias[row]), bias_high = Out::unpack(epilogue.bias[row + 8]);
+        if constexpr (T::SCALED) {
+            token_scales = epilogue.tokens + 2 * (lane % 4);
+            scale_low = epilogue.features[row], scale_high = epilogue.features[row + 8];
+        }
     }
     // Writes eight tokens from `token` on, each as two runs of 8 features; lane i of 0..15 has the address of one run.
-    __device__ void store(uint32_t address, int token, const float (&d)[T::ACCUMULATORS]) const {
-        const float2 s = *reinterpret_cast<const float2*>(token_scales + token);
-        const float* v = d + token / 2;
-        ptx::store_matrix_transposed(
-            address, Out::pack(fmaf(v[0] * scale_low, s.x, bias_low), fmaf(v[1] * scale_low, s.y, bias_low)),
-            Out::pack(fmaf(v[2] * scale_high, s.x, bias_high), fmaf(v[3] * scale_high, s.y, bias_high)));
+    __device__ void store(uint32_t address, int token, const typename T::Sum (&d)[T::ACCUMULATORS]) const {
+        const typename T::Sum* v = d + token / 2;
+        if constexpr (T::SCALED) {
+            const float2 s = *reinterpret_cast<const float2*>(token_scales + token);
+            ptx::store_matrix_transposed(
+                address,
+                Out::pack(fmaf(float(v[0]) * scale_low, s.x, bias_low), fmaf(float(v[1]) * scale_low, s.y, bias_low)),
+                Out::pack(fmaf(float(v[2]) * scale_high, s.x, bias_high),
+                          fmaf(float(v[3]) * scale_high, s.y, bias_high)));
+        } else {
+            ptx::store_matrix_transposed(address, Out::pack(v[0] + bias_low, v[1] + bias_low),
+                                         Out::pack(v[2] + bias_high, v[3] + bias_high));
+        }
     }
 };
 
 // One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
 template <typename T, typename Out>
 __device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int thread, uint8_t* staging,
-                          const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
+                          const Converter<T, Out>& converter, const typename T::Sum (&d)[T::ACCUMULATORS]) {
     const int warp = thread / 32, lane = thread % 32;
     staging += warp * T::OUT_BYTES;
     const uint32_t store_address = ptx::shared_address(staging) + (lane % 8) * T::OUT_PITCH + (lane / 8 % 2) * 16;
@@ -181,7 +229,8 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
 // have waited for the previous tile's stores to be read.
 template <typename T, typename Out>
 __device__ void store_out(const CUtensorMap* out_map, int feature_begin, int token_begin, int warpgroup, int thread,
-                          uint8_t* staging, const Converter<T, Out>& converter, const float (&d)[T::ACCUMULATORS]) {
+                          uint8_t* staging, const Converter<T, Out>& converter,
+                          const typename T::Sum (&d)[T::ACCUMULATORS]) {
     const int warp = thread / 32, lane = thread % 32;
     const uint32_t base = ptx::shared_address(staging);
     const uint32_t store_address = base + (lane % 8) * T::OUT_PITCH + (((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16);
@@ -206,7 +255,12 @@ __device__ void store_out(const CUtensorMap* out_map, int feature_begin, int tok
 // front of the accumulators.
 template <typename T>
 struct Exchange {
-    float4* buffer;    // [SPLIT - 1 senders][VECTORS / OWNERS][threads]
+    using Sum = typename T::Sum;
+    struct alignas(16) Four {
+        Sum x, y, z, w;
+    };
+
+    Four* buffer;      // [SPLIT - 1 senders][VECTORS / OWNERS][threads]
     uint32_t arrived;  // counts the bytes of one tile
     uint32_t drained;  // every other owner has read what this block sent it
     int split_rank, rank_in_split;
@@ -218,7 +272,7 @@ struct Exchange {
 
     __device__ uint32_t block(int split) const { return split * T::CLUSTER + rank_in_split; }
 
-    __device__ void reduce(int thread, float (&d)[T::ACCUMULATORS]) {
+    __device__ void reduce(int thread, Sum (&d)[T::ACCUMULATORS]) {
         if (thread == 0 && split_rank < T::OWNERS) ptx::barrier_arrive_expect(arrived, T::EXCHANGE_BYTES);
         wait_until_drained();
         sent = true;
@@ -229,9 +283,8 @@ struct Exchange {
                 const uint32_t to = ptx::shared_address(buffer + sender * PART * THREADS + thread);
 #pragma unroll
                 for (int i = 0; i < PART; ++i) {
-                    const float* v = d + (owner * PART + i) * 4;
-                    ptx::store_remote(to + i * THREADS * 16, make_float4(v[0], v[1], v[2], v[3]), arrived,
-                                      block(owner));
+                    const Sum* v = d + (owner * PART + i) * 4;
+                    ptx::store_remote(to + i * THREADS * 16, v[0], v[1], v[2], v[3], arrived, block(owner));
                 }
             }
         }
@@ -246,13 +299,13 @@ struct Exchange {
             ptx::barrier_wait(arrived, parity);
 #pragma unroll
             for (int i = 0; i < PART; ++i) {
-                const float4 own = make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]);
-                float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+                const Four own = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
+                Four sum = {0, 0, 0, 0};
 #pragma unroll
                 for (int split = 0; split < T::SPLIT; ++split) {
                     const int sender = split < split_rank ? split : split - 1;
-                    const float4 part = split == split_rank ? own : buffer[(sender * PART + i) * THREADS + thread];
-                    sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+                    const Four part = split == split_rank ? own : buffer[(sender * PART + i) * THREADS + thread];
+                    sum = {sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w};
                 }
                 d[4 * i] = sum.x, d[4 * i + 1] = sum.y, d[4 * i + 2] = sum.z, d[4 * i + 3] = sum.w;
             }
@@ -280,9 +333,10 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
     uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
     uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
-    Scales<T>* const scales = reinterpret_cast<Scales<T>*>(staging + T::OUT_BUFFERS * T::WARPGROUPS * T::OUT_BYTES);
+    Epilogue<T>* const epilogues =
+        reinterpret_cast<Epilogue<T>*>(staging + T::OUT_BUFFERS * T::WARPGROUPS * T::OUT_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
-    const uint32_t full = ptx::shared_address(scales + T::WARPGROUPS), empty = full + T::STAGES * 8;
+    const uint32_t full = ptx::shared_address(epilogues + T::WARPGROUPS), empty = full + T::STAGES * 8;
     const uint32_t exchange_barriers = empty + T::STAGES * 8;
 
     const int block_rank = T::BLOCKS_PER_CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
@@ -314,8 +368,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         ptx::wait_for_dependencies();
         if (thread == 32) {
             const uint64_t policy = args.stream_weight ? ptx::policy_evict_last() : ptx::policy_evict_normal();
-            const int brick_bytes = args.x_rows * T::CLUSTER * kBrickColumns;
-            const uint32_t block_base = stage_base + rank * args.x_rows * kBrickColumns;
+            const int brick_bytes = args.x_rows * T::CLUSTER * kBrickRowBytes;
+            const uint32_t block_base = stage_base + rank * args.x_rows * kBrickRowBytes;
             Ring<T::STAGES> ring(1);
             for (int tile = worker; tile < args.tiles; tile += workers) {
                 const int row = first_token(tile) + rank * args.x_rows;
@@ -326,7 +380,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                     ptx::barrier_arrive_expect(barrier, brick_bytes * T::BRICKS);
                     for (int b = 0; b < T::BRICKS; b += args.x_planes ? T::BRICKS : 1) {
                         const int brick = c * T::BRICKS + b;
-                        const int column = args.x_planes ? 0 : brick * kBrickColumns, plane = args.x_planes ? brick : 0;
+                        const int column = args.x_planes ? 0 : brick * kBrickRowBytes,
+                                  plane = args.x_planes ? brick : 0;
                         if constexpr (T::CLUSTER == 1) {
                             ptx::copy_tile(destination + b * brick_bytes, &x_map, column, row, plane, barrier, policy);
                         } else {
@@ -392,7 +447,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
         __syncwarp();
         sync_blocks();
-        ptx::launch_dependents();
+        // With many tokens the next kernel would take room from this one's blocks for longer than it saves.
+        if (args.token_tiles == 1) ptx::launch_dependents();
         if (leader) {
             while (tile < args.tiles) {
                 ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
@@ -404,11 +460,12 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         sync_blocks();
         ptx::wait_for_dependencies();
         const int lane = thread % 32;
-        const int x_brick = args.x_rows * T::CLUSTER * kBrickColumns;
-        float d[T::ACCUMULATORS];
+        const int x_brick = args.x_rows * T::CLUSTER * kBrickRowBytes;
+        using Metadata = Positions<typename T::Element>;
+        typename T::Sum d[T::ACCUMULATORS];
         Ring<T::STAGES> ring(0);
-        Exchange<T> exchange{reinterpret_cast<float4*>(exchange_buffer), exchange_barriers, exchange_barriers + 8,
-                             split_rank, rank};
+        Exchange<T> exchange{reinterpret_cast<typename Exchange<T>::Four*>(exchange_buffer), exchange_barriers,
+                             exchange_barriers + 8, split_rank, rank};
         const auto release = [&](int stage) {
             __syncwarp();  // every lane has read its metadata
             if constexpr (T::CLUSTER == 1) {
@@ -431,29 +488,28 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             const bool stores = split_rank < T::OWNERS && feature_begin < args.n;
             if (stores) {
                 ptx::sync_warpgroup(1 + warpgroup);  // the previous tile's scales have been read
-                scales[warpgroup].fetch(args, feature_begin, token_begin, thread);
+                epilogues[warpgroup].fetch_all(args, feature_begin, token_begin, thread);
             }
 #pragma unroll
-            for (int i = 0; i < T::ACCUMULATORS; ++i) d[i] = 0.f;
+            for (int i = 0; i < T::ACCUMULATORS; ++i) d[i] = 0;
             int previous = -1;
             // Metadata registers of a batch may not change before it has finished: two sets, one batch in flight.
-            uint2 even[T::BRICKS], odd[T::BRICKS];
-            const auto step = [&](uint2(&metadata)[T::BRICKS]) {
+            Metadata even[T::BRICKS], odd[T::BRICKS];
+            const auto step = [&](Metadata(&metadata)[T::BRICKS]) {
                 const uint32_t base = stage_base + ring.stage * T::STAGE_BYTES;
                 const uint32_t w = base + T::X_BYTES + warpgroup * T::W_SLICE;
                 ptx::barrier_wait(full + ring.stage * 8, ring.parity);
 #pragma unroll
                 for (int b = 0; b < T::BRICKS; ++b) {
-                    metadata[b] = *reinterpret_cast<const uint2*>(stages + (w - stage_base) + b * kBrickBytes + 4096 +
-                                                                  thread * 8);
+                    metadata[b].load(w + b * T::BRICK_BYTES + kBrickValueBytes, thread);
                 }
                 wgmma::fence();
 #pragma unroll
                 for (int b = 0; b < T::BRICKS; ++b) {
-                    const uint64_t a = wgmma::plain_descriptor(w + b * kBrickBytes, 128, 256);
+                    const uint64_t a = wgmma::plain_descriptor(w + b * T::BRICK_BYTES, 128, 256);
                     const uint64_t x = wgmma::swizzled_128_descriptor(base + b * x_brick);
-                    wgmma::multiply(d, a, x, metadata[b].x);
-                    wgmma::multiply(d, a + (2048 >> 4), x + (64 >> 4), metadata[b].y);
+                    metadata[b].template multiply<0>(d, a, x);
+                    metadata[b].template multiply<1>(d, a + (2048 >> 4), x + (64 >> 4));
                 }
                 wgmma::commit();
                 wgmma::wait<1>();
@@ -475,10 +531,12 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 ptx::copy_async_wait();
                 if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
                 ptx::sync_warpgroup(1 + warpgroup);
-                if (args.half_out) {
-                    finish(Converter<T, Float16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
+                const int warp = thread / 32;
+                const bool half = T::SCALED ? args.half_out : std::is_same_v<typename T::Element, wgmma::Float16>;
+                if (half) {
+                    finish(Converter<T, ToFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);
                 } else {
-                    finish(Converter<T, BFloat16>(scales[warpgroup], thread / 32, lane), feature_begin, token_begin);
+                    finish(Converter<T, ToBFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);
                 }
             }
         }
@@ -487,4 +545,4 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     }
 }
 
-}  // namespace vllm_sparse::fp8
+}  // namespace vllm_sparse::hopper

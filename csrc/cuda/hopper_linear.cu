@@ -3,55 +3,26 @@
 #include <algorithm>
 #include <mutex>
 
-#include "fp8_linear.cuh"
+#include "hopper_table.cuh"
 
-namespace vllm_sparse::fp8 {
+namespace vllm_sparse::hopper {
 namespace {
 
-using Kernel = void (*)(CUtensorMap, CUtensorMap, KernelArguments);
-
-struct Configuration {
-    int tokens, warpgroups, bricks, cluster, split;
-    int threads, shared_bytes;
-    bool stores_tiles;
-    float tile_us, brick_us;
-    Kernel kernel;
-};
-
-template <typename T>
-constexpr Configuration row(float tile_us, float brick_us) {
-    return {T::TOKENS,       T::WARPGROUPS,   T::BRICKS, T::CLUSTER, T::SPLIT,        T::THREADS,
-            T::SHARED_BYTES, T::STORES_TILES, tile_us,   brick_us,   linear_kernel<T>};
+const Table& table(Element element) {
+    static const Table tables[kElements] = {fp8_table(), int8_table(), bf16_table(), fp16_table()};
+    return tables[static_cast<int>(element)];
 }
 
-// The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200
-// (docs/decisions/0044): they choose between entries, so only their order matters. Where two entries share a number of
-// tokens, the first splits k because few features make few tiles (o and down of an 8B model), the others keep k whole
-// because many do (gate_up).
-//    tokens warpgroups bricks stages cluster split
-const Configuration kConfigurations[] = {
-    row<Tile<8, 2, 2, 8, 1, 2>>(0.3f, 0.215f),   row<Tile<16, 1, 2, 12, 1, 2>>(0.1f, 0.168f),
-    row<Tile<32, 1, 2, 9, 1, 2>>(0.1f, 0.171f),  row<Tile<64, 1, 2, 7, 1, 2>>(0.3f, 0.170f),  // o, down
-    row<Tile<64, 2, 1, 10, 1, 2>>(1.9f, 0.172f),                                              // qkv, gate_up
-    row<Tile<96, 1, 1, 11, 1, 2>>(0.7f, 0.177f),                                              // qkv, o, down
-    row<Tile<96, 2, 1, 8, 2, 1>>(2.0f, 0.187f),                                               // gate_up
-    row<Tile<128, 1, 1, 9, 1, 2>>(1.2f, 0.224f),                                              // o, down
-    row<Tile<128, 2, 1, 6, 1, 2>>(3.0f, 0.267f),  // qkv; o and down at 256 tokens
-    row<Tile<128, 2, 1, 8, 2, 1>>(2.5f, 0.215f),  // gate_up; all but gate_up at 512 tokens
-    row<Tile<192, 2, 1, 4, 1, 2>>(3.7f, 0.384f),  // qkv, o, down at 129 to 192 tokens
-    row<Tile<192, 2, 1, 6, 2, 1>>(2.6f, 0.303f),  // gate_up at 129 to 192 tokens
-    row<Tile<256, 2, 1, 5, 2, 1>>(3.2f, 0.399f),  // prefill
-};
-constexpr int kCount = sizeof(kConfigurations) / sizeof(kConfigurations[0]);
-
+// What is known of an element's kernels on a device.
 constexpr int kMaxDevices = 64;
+constexpr int kMaxRows = 32;
 struct Device {
     int multiprocessors = 0;
-    int workers[kCount] = {};  // clusters that run at once with one block per multiprocessor
+    int workers[kMaxRows] = {};  // clusters that run at once with one block per multiprocessor
     std::once_flag once;
     const char* error = nullptr;
 };
-Device devices[kMaxDevices];
+Device devices[kMaxDevices][kElements];
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -95,14 +66,14 @@ const char* prepare_kernel(const Configuration& c, int* workers) {
     return text(cudaOccupancyMaxActiveClusters(workers, c.kernel, &config));
 }
 
-// Once per device, which is current: permissions and sizes.
-const char* prepare_device(int index, Device** device) {
+// Once per device, which is current, and element: permissions and sizes.
+const char* prepare_device(int index, Element element, Device** device) {
     if (index < 0 || index >= kMaxDevices) return "the device index is not in 0 ... 63";
-    Device& d = devices[index];
-    std::call_once(d.once, [&d, index] {
+    Device& d = devices[index][static_cast<int>(element)];
+    std::call_once(d.once, [&d, index, element] {
         d.error = text(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, index));
-        for (int i = 0; i < kCount && d.error == nullptr; ++i)
-            d.error = prepare_kernel(kConfigurations[i], &d.workers[i]);
+        const Table& t = table(element);
+        for (int i = 0; i < t.count && d.error == nullptr; ++i) d.error = prepare_kernel(t.rows[i], &d.workers[i]);
     });
     *device = &d;
     return d.error;
@@ -130,13 +101,14 @@ class DeviceGuard {
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// `bricks` of 128 columns per copy, as planes of the map; 0 where k ends inside a plane: only a flat map fills that
+// A map of bytes. `bricks` per copy, as planes of the map; 0 where k ends inside a plane: only a flat map fills that
 // with zeros.
 bool map_x(const LinearArguments& a, int rows, int bricks, CUtensorMap* map) {
-    const cuuint64_t sizes[3] = {cuuint64_t(bricks ? kBrickColumns : a.k), cuuint64_t(a.m),
-                                 cuuint64_t(bricks ? a.k / kBrickColumns : 1)};
-    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickColumns};
-    const cuuint32_t box[3] = {kBrickColumns, cuuint32_t(rows), cuuint32_t(bricks ? bricks : 1)};
+    const int row_bytes = a.k * element_bytes(a.element);
+    const cuuint64_t sizes[3] = {cuuint64_t(bricks ? kBrickRowBytes : row_bytes), cuuint64_t(a.m),
+                                 cuuint64_t(bricks ? row_bytes / kBrickRowBytes : 1)};
+    const cuuint64_t strides[2] = {cuuint64_t(a.x_stride), kBrickRowBytes};
+    const cuuint32_t box[3] = {kBrickRowBytes, cuuint32_t(rows), cuuint32_t(bricks ? bricks : 1)};
     const cuuint32_t steps[3] = {1, 1, 1};
     return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<void*>(a.x), sizes, strides, box, steps,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -154,29 +126,31 @@ bool map_out(const LinearArguments& a, CUtensorMap* map) {
 
 }  // namespace
 
-int configuration_count() { return kCount; }
-int configuration_tokens(int configuration) { return kConfigurations[configuration].tokens; }
+int configuration_count(Element element) { return table(element).count; }
+int configuration_tokens(Element element, int configuration) { return table(element).rows[configuration].tokens; }
 
-int choose_configuration(int m, int n, int k, int multiprocessors) {
+int choose_configuration(Element element, int m, int n, int k, int multiprocessors) {
     // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
     constexpr int kOneTile = 192;
+    const Table& t = table(element);
+    const int bricks = ceil_div(k * element_bytes(element), kBrickRowBytes);
     int fewest = 128;
     if (m <= kOneTile) {
         fewest = kOneTile;
-        for (const Configuration& c : kConfigurations) {
-            if (c.tokens >= m) fewest = std::min(fewest, c.tokens);
+        for (int i = 0; i < t.count; ++i) {
+            if (t.rows[i].tokens >= m) fewest = std::min(fewest, t.rows[i].tokens);
         }
     }
     int best = -1;
     float best_us = 0.f;
-    for (int i = 0; i < kCount; ++i) {
-        const Configuration& c = kConfigurations[i];
+    for (int i = 0; i < t.count; ++i) {
+        const Configuration& c = t.rows[i];
         if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
         const int64_t tiles =
             int64_t(ceil_div(m, c.tokens)) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
         const int64_t workers = std::max(1, multiprocessors / (c.cluster * c.split));
         const int64_t waves = (tiles + workers - 1) / workers;
-        const float us = waves * (c.tile_us + c.brick_us * ceil_div(ceil_div(k, kBrickColumns), c.split));
+        const float us = waves * (c.tile_us + c.brick_us * ceil_div(bricks, c.split));
         if (best < 0 || us < best_us) best = i, best_us = us;
     }
     return best;
@@ -184,22 +158,23 @@ int choose_configuration(int m, int n, int k, int multiprocessors) {
 
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
     if (a.m == 0) return nullptr;
-    if (a.m < 0 || a.n <= 0 || a.k <= 0 || a.n % 16 != 0 || a.k % 32 != 0)
-        return "n must be a multiple of 16 and k of 32";
+    const int row_bytes = a.k * element_bytes(a.element);
+    if (a.m < 0 || a.n <= 0 || a.k <= 0 || a.n % 16 != 0 || row_bytes % 32 != 0)
+        return "n must be a multiple of 16 and rows of x of 32 bytes";
     if (reinterpret_cast<uintptr_t>(a.x) % 16 != 0 || a.x_stride % 16 != 0)
         return "x and its rows must be aligned to 16 bytes";
-    if (configuration >= kCount) return "there is no such configuration";
+    if (configuration >= table(a.element).count) return "there is no such configuration";
     const DeviceGuard guard(a.device);
     if (guard.error != nullptr) return guard.error;
     Device* device;
-    if (const char* error = prepare_device(a.device, &device)) return error;
-    if (configuration < 0) configuration = choose_configuration(a.m, a.n, a.k, device->multiprocessors);
-    const Configuration& c = kConfigurations[configuration];
+    if (const char* error = prepare_device(a.device, a.element, &device)) return error;
+    if (configuration < 0) configuration = choose_configuration(a.element, a.m, a.n, a.k, device->multiprocessors);
+    const Configuration& c = table(a.element).rows[configuration];
 
     if (encode_tiled() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
     KernelArguments args;
     args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
-    args.x_planes = a.k % kBrickColumns == 0;
+    args.x_planes = row_bytes % kBrickRowBytes == 0;
     CUtensorMap x_map, out_map = {};
     if (!map_x(a, args.x_rows, args.x_planes ? c.bricks : 0, &x_map)) return "the driver refused the tensor map of x";
     if (c.stores_tiles && !map_out(a, &out_map)) return "the driver refused the tensor map of the output";
@@ -212,7 +187,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.m = a.m;
     args.n = a.n;
     args.half_out = a.half_out;
-    args.column_tiles = ceil_div(a.k, kColumnPadding) * (kColumnPadding / kBrickColumns) / c.bricks;
+    args.column_tiles = ceil_div(row_bytes, kPaddingBricks * kBrickRowBytes) * kPaddingBricks / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
     args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
@@ -237,4 +212,4 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     return text(cudaLaunchKernelEx(&config, c.kernel, x_map, out_map, args));
 }
 
-}  // namespace vllm_sparse::fp8
+}  // namespace vllm_sparse::hopper

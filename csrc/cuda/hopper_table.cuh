@@ -1,0 +1,80 @@
+// Which tiles there are for an element type, and what they cost. Each type's kernels are compiled in a file of their
+// own.
+#pragma once
+
+#include "hopper_linear.cuh"
+
+namespace vllm_sparse::hopper {
+
+using Kernel = void (*)(CUtensorMap, CUtensorMap, KernelArguments);
+
+struct Configuration {
+    int tokens, warpgroups, bricks, cluster, split;
+    int threads, shared_bytes;
+    bool stores_tiles;
+    float tile_us, brick_us;
+    Kernel kernel;
+};
+
+struct Table {
+    const Configuration* rows;
+    int count;
+};
+
+template <typename T>
+Configuration row(float tile_us, float brick_us) {
+    return {T::TOKENS,       T::WARPGROUPS,   T::BRICKS, T::CLUSTER, T::SPLIT,        T::THREADS,
+            T::SHARED_BYTES, T::STORES_TILES, tile_us,   brick_us,   linear_kernel<T>};
+}
+
+// The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200
+// (docs/decisions/0044, 0063): they choose between entries, so only their order matters, and up to 192 tokens only that
+// of entries with equal tokens.
+//    tokens warpgroups bricks stages cluster split
+template <typename E>
+Table table_of_8_bits() {
+    static const Configuration rows[] = {
+        // Up to 16 tokens rings of half the size leave room for the next kernel's block, which fills its own while this
+        // one drains: better where every block has one tile (o, down), worse where it has several.
+        row<Tile<E, 8, 1, 2, 8, 1, 2>>(3.01f, 0.104f),    // o, down
+        row<Tile<E, 8, 2, 2, 8, 1, 2>>(3.83f, 0.178f),    // qkv, gate_up
+        row<Tile<E, 16, 1, 2, 7, 1, 2>>(0.78f, 0.176f),   // o
+        row<Tile<E, 16, 1, 2, 12, 1, 2>>(2.29f, 0.121f),  // down
+        row<Tile<E, 16, 2, 2, 7, 1, 2>>(2.21f, 0.245f),   // qkv, gate_up
+        row<Tile<E, 32, 1, 2, 9, 1, 2>>(0.72f, 0.171f),   // down
+        row<Tile<E, 32, 2, 1, 12, 1, 2>>(2.99f, 0.149f),  // all others
+        row<Tile<E, 64, 1, 2, 7, 1, 2>>(3.26f, 0.132f),   // o, down
+        row<Tile<E, 64, 2, 1, 10, 1, 2>>(3.91f, 0.260f),  // qkv, gate_up
+        row<Tile<E, 96, 1, 1, 11, 1, 2>>(0.7f, 0.177f),   // qkv, o, down
+        row<Tile<E, 96, 2, 1, 8, 2, 1>>(2.0f, 0.187f),    // gate_up
+        row<Tile<E, 128, 1, 1, 9, 1, 2>>(5.60f, 0.160f),  // o, down
+        row<Tile<E, 128, 2, 1, 6, 1, 2>>(6.29f, 0.278f),  // qkv; o and down at 256 tokens
+        row<Tile<E, 128, 2, 1, 8, 2, 1>>(6.30f, 0.157f),  // gate_up; most at 256 and 512 tokens
+        row<Tile<E, 128, 3, 1, 6, 2, 1>>(3.67f, 0.347f),  // where 192 features a tile save a wave: qkv at 512 and 1024
+        row<Tile<E, 192, 2, 1, 4, 1, 2>>(6.13f, 0.424f),  // qkv, o, down at 129 to 192 tokens
+        row<Tile<E, 192, 2, 1, 6, 2, 1>>(6.67f, 0.212f),  // gate_up at 129 to 192 tokens, 384
+        row<Tile<E, 256, 2, 1, 5, 2, 1>>(7.66f, 0.300f),  // prefill
+    };
+    return {rows, sizeof(rows) / sizeof(rows[0])};
+}
+
+template <typename E>
+Table table_of_16_bits() {
+    static const Configuration rows[] = {
+        row<Tile<E, 8, 2, 2, 8, 1, 2>>(1.8f, 0.112f),   row<Tile<E, 16, 1, 2, 12, 1, 2>>(0.1f, 0.109f),
+        row<Tile<E, 32, 1, 2, 9, 1, 2>>(0.1f, 0.117f),  row<Tile<E, 64, 1, 2, 7, 1, 2>>(0.1f, 0.135f),
+        row<Tile<E, 64, 2, 1, 10, 1, 2>>(1.4f, 0.169f), row<Tile<E, 96, 1, 1, 11, 1, 2>>(0.2f, 0.157f),
+        row<Tile<E, 96, 2, 1, 8, 2, 1>>(1.0f, 0.191f),  row<Tile<E, 128, 1, 1, 9, 1, 2>>(0.6f, 0.254f),
+        row<Tile<E, 128, 2, 1, 6, 1, 2>>(2.2f, 0.305f), row<Tile<E, 128, 2, 1, 8, 2, 1>>(2.8f, 0.212f),
+        row<Tile<E, 192, 2, 1, 4, 1, 2>>(2.7f, 0.421f), row<Tile<E, 192, 2, 1, 6, 2, 1>>(2.8f, 0.297f),
+        row<Tile<E, 256, 2, 1, 5, 2, 1>>(2.2f, 0.391f),
+    };
+    return {rows, sizeof(rows) / sizeof(rows[0])};
+}
+
+Table fp8_table();
+Table int8_table();
+Table bf16_table();
+Table fp16_table();
+
+}  // namespace vllm_sparse::hopper

@@ -1,0 +1,160 @@
+// Which instance of the mma.sp kernel runs, and its launch.
+#include "mma_linear.cuh"
+
+namespace vllm_sparse::mma {
+namespace {
+
+// Tokens of a tile by its index.
+constexpr int kTileTokens[] = {8, 16, 32, 64, 128};
+constexpr int kMostBlocksPerSm = 2;
+
+class DeviceGuard {
+ public:
+    explicit DeviceGuard(int device) : changed_(cudaGetDevice(&before_) == cudaSuccess && before_ != device) {
+        if (changed_) cudaSetDevice(device);
+    }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(before_);
+    }
+
+ private:
+    int before_ = 0;
+    bool changed_;
+};
+
+int round_up_divide(int a, int b) { return (a + b - 1) / b; }
+
+// Divides the work into at most *blocks shares, and says into how many.
+template <typename C>
+Params make_params(const LinearProblem& problem, int* blocks) {
+    using O = typename C::O;
+    Params p;
+    p.weight = static_cast<const uint8_t*>(problem.weight);
+    p.x = static_cast<const uint8_t*>(problem.x);
+    p.x_scale = problem.x_scale;
+    p.channel_scale = problem.channel_scale;
+    p.bias = static_cast<const uint16_t*>(problem.bias);
+    p.y = static_cast<uint16_t*>(problem.y);
+    p.counters = static_cast<int*>(problem.workspace);
+    p.partials = reinterpret_cast<uint4*>(static_cast<char*>(problem.workspace) + kCounterBytes);
+    p.m = problem.m, p.n = problem.n, p.k = problem.k;
+    p.x_scale_stride = problem.x_scale_per_token;
+    p.bf16_out = problem.y_type == Number::kBf16;
+    p.groups = problem.group_size == -1 ? 0 : O::kStepColumns / problem.group_size;
+    p.block_bytes = O::kBlockBytes + 2 * kRowBlock * p.groups;
+    p.steps = round_up_divide(problem.k, kStepsMultiple<O> * O::kStepColumns) * kStepsMultiple<O> / C::kSteps;
+    p.token_tiles = round_up_divide(problem.m, C::kTokens);
+    const int steps = round_up_divide(problem.n, kTileRows) * p.token_tiles * p.steps;
+    *blocks = steps < *blocks ? steps : *blocks;
+    p.share = steps / *blocks;
+    p.longer = steps % *blocks;
+    return p;
+}
+
+template <typename C>
+const char* launch(const LinearProblem& problem, const LinearDevice& device, int blocks_per_sm, cudaStream_t stream) {
+    int blocks = device.sm_count * blocks_per_sm;
+    Params p = make_params<C>(problem, &blocks);
+    const void* kernel = reinterpret_cast<const void*>(mma_linear_kernel<C>);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(C::kThreads);
+    config.dynamicSmemBytes = C::kBytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = device.overlap;
+    void* arguments[] = {&p};
+    error = cudaLaunchKernelExC(&config, kernel, arguments);
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename W, typename X>
+const char* run(const LinearProblem& problem, const LinearDevice& device, int tile, int blocks_per_sm,
+                cudaStream_t stream) {
+    using O = Operands<W, X>;
+    // Few tokens make short steps: two of them per stage.
+    constexpr int kSteps = O::kWiden ? 1 : 2;
+    switch (tile) {
+        case 0:
+            return launch<Config<O, 1, 1, 1, 8, kSteps>>(problem, device, blocks_per_sm, stream);
+        case 1:
+            return launch<Config<O, 1, 2, 1, 8, kSteps>>(problem, device, blocks_per_sm, stream);
+        case 2:
+            return launch<Config<O, 2, 2, 2, 8, 1>>(problem, device, blocks_per_sm, stream);
+        case 3:
+            // Widening keeps two sets of sums, so that a warp has room for half as many.
+            return launch<Config<O, O::kWiden ? 2 : 4, 4, 2, O::kWiden ? 8 : 4, 1>>(problem, device, blocks_per_sm,
+                                                                                      stream);
+        default:
+            if constexpr (O::kWiden) {
+                return "no such tile";
+            } else {
+                return launch<Config<O, 4, 4, 4, 8, 1>>(problem, device, blocks_per_sm, stream);
+            }
+    }
+}
+
+const char* run(const LinearProblem& problem, const LinearDevice& device, int tile, int blocks_per_sm,
+                cudaStream_t stream) {
+    const auto is = [&](Number weight, Number x) { return problem.weight_type == weight && problem.x_type == x; };
+    const auto with = [&](auto weight, auto x) {
+        return run<decltype(weight), decltype(x)>(problem, device, tile, blocks_per_sm, stream);
+    };
+    if (is(Number::kBf16, Number::kBf16)) return with(__nv_bfloat16(), __nv_bfloat16());
+    if (is(Number::kFp16, Number::kFp16)) return with(__half(), __half());
+    if (is(Number::kInt8, Number::kInt8)) return with(int8_t(), int8_t());
+    if (is(Number::kInt8, Number::kBf16)) return with(int8_t(), __nv_bfloat16());
+    if (is(Number::kInt8, Number::kFp16)) return with(int8_t(), __half());
+    if (is(Number::kFp8, Number::kBf16)) return with(__nv_fp8_e4m3(), __nv_bfloat16());
+    if (is(Number::kFp8, Number::kFp16)) return with(__nv_fp8_e4m3(), __half());
+    if (is(Number::kFp8, Number::kFp8)) {
+        if (device.capability < 89) return "FP8 activations need compute capability 8.9";
+        return with(__nv_fp8_e4m3(), __nv_fp8_e4m3());
+    }
+    return "these weights do not multiply these activations";
+}
+
+// The smallest tile that holds all tokens: padding costs time and shared memory. Widening needs registers for two sets
+// of sums, which 128 tokens have not.
+int choose_tile(const LinearProblem& problem, const LinearDevice& device) {
+    const bool emulated = problem.x_type == Number::kFp8 && emulates_fp8(device.capability);
+    const int most = emulated ? kMostEmulatedTokens : problem.weight_type == problem.x_type ? 128 : 64;
+    int tile = 0;
+    while (kTileTokens[tile] < most && kTileTokens[tile] < problem.m) ++tile;
+    return tile;
+}
+
+// Two blocks where the shared memory has room for them.
+int choose_blocks_per_sm(const LinearDevice& device, int tile) {
+    const bool large_memory = device.capability == 90 || device.capability == 100;
+    return large_memory && kTileTokens[tile] <= 64 ? kMostBlocksPerSm : 1;
+}
+
+}  // namespace
+
+size_t workspace_bytes(int sm_count) {
+    constexpr size_t kPartsPerBlock = 2, kLargestTile = kTileRows * 128 * sizeof(float);
+    return kCounterBytes + sm_count * kMostBlocksPerSm * kPartsPerBlock * kLargestTile;
+}
+
+const char* linear(const LinearProblem& problem, const LinearDevice& device, cudaStream_t stream) {
+    if (problem.m == 0) return nullptr;
+    if (problem.m < 0 || problem.n <= 0 || problem.k <= 0 || problem.n % kRowBlock != 0 || problem.k % 32 != 0) {
+        return "n must be a multiple of 16 and k of 32";
+    }
+    if (device.capability < 80) return "needs compute capability 8.0";
+    if (device.sm_count * kMostBlocksPerSm > kCounterBytes / static_cast<int>(sizeof(int))) {
+        return "more than 512 multiprocessors";
+    }
+    const DeviceGuard guard(device.index);
+    const int tile = problem.tile < 0 ? choose_tile(problem, device) : problem.tile;
+    const int blocks = problem.blocks_per_sm > 0 ? problem.blocks_per_sm : choose_blocks_per_sm(device, tile);
+    return run(problem, device, tile, blocks, stream);
+}
+
+}  // namespace vllm_sparse::mma

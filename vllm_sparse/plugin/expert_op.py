@@ -1,0 +1,158 @@
+"""The experts of a layer as one op: route tokens to experts, run the linear kernels, add up.
+
+One op, because torch.compile cannot trace a loop whose length depends on where tokens are sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vllm_sparse.kernels import KERNELS
+from vllm_sparse.kernels.base import define_op
+from vllm_sparse.plugin.compat import quantize_now
+from vllm_sparse.weight import LinearSpec
+
+# By vLLM's names; all take gate and up and return gate' * up.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda gate: functional.gelu(gate, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer of every expert: its description, its kernel, and the names of the kernel's packed tensors."""
+
+    spec: LinearSpec
+    kernel: str
+    names: tuple[str, ...]
+
+    def apply(self, stacked: Sequence[Tensor], expert: int, x: Tensor) -> Tensor:
+        """Return ``x @ W[expert].T``; ``stacked`` are the packed tensors of all experts, in the order of ``names``."""
+        kernel = next(kernel for kernel in KERNELS if kernel.name == self.kernel)
+        packed = {name: tensor[expert] for name, tensor in zip(self.names, stacked, strict=True)}
+        scale, activation = None, self.spec.scheme.activation
+        if activation is not None and not kernel.quantizes_input:
+            x, scale = quantize_now(x, activation, packed.get("input_scale"))
+        return kernel.apply(self.spec, packed, x, scale, None)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What all experts of a layer have in common.
+
+    Attributes:
+        w13, w2: gate and up, and down.
+        activation: a key of ``ACTIVATIONS``.
+        weight_on_input: routing weights multiply the tokens that go in, not what comes out.
+    """
+
+    w13: Projection
+    w2: Projection
+    activation: str
+    weight_on_input: bool
+
+    def apply(self, w13: Sequence[Tensor], w2: Sequence[Tensor], expert: int, x: Tensor) -> Tensor:
+        """Return what ``expert`` makes of tokens ``x`` ``[m, k]``."""
+        gate, up = self.w13.apply(w13, expert, x).chunk(2, dim=-1)
+        return self.w2.apply(w2, expert, (ACTIVATIONS[self.activation](gate) * up).contiguous())
+
+
+_EXPERTS: dict[str, Experts] = {}  # an op takes tensors and strings alone
+
+
+def register(experts: Experts) -> str:
+    """Make ``experts`` known to the op ``torch.ops.vllm_sparse.experts``; return its name there.
+
+    The name depends on the content alone, so that a compiled graph that holds it stays valid in another process.
+    """
+    name = repr(experts)
+    _EXPERTS[name] = experts
+    return name
+
+
+def _run(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13: Sequence[Tensor], w2: Sequence[Tensor], name: str
+) -> Tensor:
+    """Return the weighted sum of the experts' results for tokens ``x`` ``[m, k]``.
+
+    Args:
+        topk_weights, topk_ids: ``[m, t]``; ids are of this rank's experts, -1 for another rank's.
+        w13, w2: packed tensors of all experts, in the order of ``Projection.names``.
+        name: from ``register``.
+    """
+    experts = _EXPERTS[name]
+    count, tokens = w2[0].shape[0], x.to(experts.w13.spec.dtype)
+    out = x.new_zeros(x.shape[0], experts.w2.spec.n, dtype=torch.float32)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _run_all(experts, tokens, topk_weights, topk_ids, w13, w2, count, out)
+    else:
+        _run_chosen(experts, tokens, topk_weights, topk_ids, w13, w2, count, out)
+    return out.to(x.dtype)
+
+
+def _run_chosen(
+    experts: Experts,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w13: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    count: int,
+    out: Tensor,
+) -> None:
+    """Run each expert on the tokens sent to it alone. Waits for the device, which has to say which those are."""
+    ids, order = topk_ids.flatten().long().sort()
+    first, sizes = int((ids < 0).sum()), torch.bincount(ids.clamp(min=0), minlength=count).tolist()
+    sizes[0] -= first
+    weights = topk_weights.flatten().float()
+    for expert, size in enumerate(sizes):
+        chosen, first = order[first : first + size], first + size
+        if size == 0:
+            continue
+        rows = chosen // topk_ids.shape[1]
+        weight = weights[chosen].unsqueeze(1)
+        tokens = x[rows] * weight.to(x.dtype) if experts.weight_on_input else x[rows]
+        result = experts.apply(w13, w2, expert, tokens).float()
+        out.index_add_(0, rows, result if experts.weight_on_input else result * weight)
+
+
+def _run_all(
+    experts: Experts,
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w13: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    count: int,
+    out: Tensor,
+) -> None:
+    """Run every expert on every token: in a CUDA graph the same kernels run wherever tokens are sent."""
+    ids = torch.where(topk_ids < 0, count, topk_ids).long()
+    weights = x.new_zeros(x.shape[0], count + 1, dtype=torch.float32).scatter_add_(1, ids, topk_weights.float())
+    for expert in range(count):
+        weight = weights[:, expert : expert + 1]
+        tokens = x * weight.to(x.dtype) if experts.weight_on_input else x
+        result = experts.apply(w13, w2, expert, tokens).float()
+        result = result if experts.weight_on_input else result * weight
+        out += torch.where(weight != 0, result, 0)  # what an expert makes of other tokens may overflow
+
+
+def _fake(
+    x: Tensor, topk_weights: Tensor, topk_ids: Tensor, w13: Sequence[Tensor], w2: Sequence[Tensor], name: str
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+define_op(
+    "experts(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor[] w13, Tensor[] w2, str name) -> Tensor",
+    _run,
+    _fake,
+    "CompositeExplicitAutograd",
+)
