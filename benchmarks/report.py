@@ -12,7 +12,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from vllm_sparse.bench.report import accuracy_table, latency_table, memory_table, served_tables, table, throughput_table
+from vllm_sparse.bench.report import (
+    accuracy_table,
+    decode_table,
+    first_token_table,
+    latency_table,
+    memory_table,
+    served_tables,
+    table,
+    throughput_table,
+)
 from vllm_sparse.bench.store import SCHEMA
 from vllm_sparse.bench.summary import Summary
 
@@ -106,6 +115,8 @@ def serving(data: dict[str, Any], file: Path) -> list[str]:
     summary = Summary(data)
     titles = {
         "seconds of one request": latency_table(summary),
+        "milliseconds to the first token": first_token_table(summary),
+        "tokens per second after it": decode_table(summary),
         f"requests per second, {data['arguments']['requests']} at once": throughput_table(summary),
         "accuracy": accuracy_table(summary),
         "memory": memory_table(summary),

@@ -39,8 +39,8 @@ PRESETS = {
     "cpu-1b": [
         *("--dummy", str(HERE / "llama-3.2-1b.json")),
         *("--variants", "bf16", "sparse24-bf16", "sparse24-w4a16"),
-        *("--suite", "serve", "--batch-use-case", "chat", "--arrivals", "none"),
-        *("--repeats", "3", "--rounds", "1", "--requests", "2", "--startup-seconds", "600"),
+        *("--suite", "latency", "--use-case", "chat", "--repeats", "2", "--rounds", "1", "--startup-seconds", "600"),
+        *("--engine-args", "--enforce-eager "),
     ],
 }  # fmt: skip
 LOG_LINES = 60
@@ -59,7 +59,8 @@ def collect(work: Path, out: Path, preset: str) -> None:
     """Copy what is worth keeping of a run's directory into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     if (work / FILE).exists():
-        shutil.copy(work / FILE, out / f"serving-{preset}.json")
+        text = (work / FILE).read_text(encoding="utf-8")
+        (out / f"serving-{preset}.json").write_text(text.replace(f"{work}/", ""), encoding="utf-8")
     for file in [*work.glob("*.png"), *work.glob("report.md")]:
         shutil.copy(file, out / file.name)
     with (out / "logs.txt").open("w", encoding="utf-8") as text:

@@ -7,6 +7,7 @@
 
 #include "cuda/hopper_linear.h"
 #include "cuda/mma_linear.h"
+#include "cuda/quantize.h"
 #include "cuda/w4a16.h"
 
 namespace py = pybind11;
@@ -43,6 +44,12 @@ void hopper_linear(int element, Pointer x, std::int64_t x_stride, Pointer x_scal
                                                          k,
                                                          device};
     check("hopper_linear", vllm_sparse::hopper::linear(arguments, configuration, programmatic, at<void>(stream)));
+}
+
+void fp8_quantize(Pointer x, bool half, Pointer codes, Pointer scale, int m, int k, int device, Pointer stream) {
+    const vllm_sparse::fp8::QuantizeArguments arguments{
+        at<const void>(x), half, at<void>(codes), at<float>(scale), m, k, device};
+    check("fp8_quantize", vllm_sparse::fp8::quantize(arguments, at<void>(stream)));
 }
 
 void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m,
@@ -109,6 +116,7 @@ PYBIND11_MODULE(_cuda, module) {
         },
         py::arg("element"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("multiprocessors"));
     module.def("hopper_linear", hopper_linear);
+    module.def("fp8_quantize", fp8_quantize);
     module.def("w4a16_workspace_bytes", &vllm_sparse::w4a16_workspace_bytes, py::arg("sm_count"));
     module.def("w4a16_linear", w4a16_linear);
     module.def("mma_workspace_bytes", &vllm_sparse::mma::workspace_bytes, py::arg("sm_count"));

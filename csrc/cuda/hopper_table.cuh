@@ -28,24 +28,32 @@ Configuration row(float tile_us, float brick_us) {
 }
 
 // The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200
-// (docs/decisions/0044): they choose between entries, so only their order matters. Where two entries share a number of
-// tokens, the first splits k because few features make few tiles (o and down of an 8B model), the others keep k whole
-// because many do (gate_up).
+// (docs/decisions/0044, 0063): they choose between entries, so only their order matters, and up to 192 tokens only that
+// of entries with equal tokens.
 //    tokens warpgroups bricks stages cluster split
 template <typename E>
 Table table_of_8_bits() {
     static const Configuration rows[] = {
-        row<Tile<E, 8, 2, 2, 8, 1, 2>>(0.3f, 0.215f),   row<Tile<E, 16, 1, 2, 12, 1, 2>>(0.1f, 0.168f),
-        row<Tile<E, 32, 1, 2, 9, 1, 2>>(0.1f, 0.171f),  row<Tile<E, 64, 1, 2, 7, 1, 2>>(0.3f, 0.170f),  // o, down
-        row<Tile<E, 64, 2, 1, 10, 1, 2>>(1.9f, 0.172f),                                                 // qkv, gate_up
-        row<Tile<E, 96, 1, 1, 11, 1, 2>>(0.7f, 0.177f),                                                 // qkv, o, down
-        row<Tile<E, 96, 2, 1, 8, 2, 1>>(2.0f, 0.187f),                                                  // gate_up
-        row<Tile<E, 128, 1, 1, 9, 1, 2>>(1.2f, 0.224f),                                                 // o, down
-        row<Tile<E, 128, 2, 1, 6, 1, 2>>(3.0f, 0.267f),  // qkv; o and down at 256 tokens
-        row<Tile<E, 128, 2, 1, 8, 2, 1>>(2.5f, 0.215f),  // gate_up; all but gate_up at 512 tokens
-        row<Tile<E, 192, 2, 1, 4, 1, 2>>(3.7f, 0.384f),  // qkv, o, down at 129 to 192 tokens
-        row<Tile<E, 192, 2, 1, 6, 2, 1>>(2.6f, 0.303f),  // gate_up at 129 to 192 tokens
-        row<Tile<E, 256, 2, 1, 5, 2, 1>>(3.2f, 0.399f),  // prefill
+        // Up to 16 tokens rings of half the size leave room for the next kernel's block, which fills its own while this
+        // one drains: better where every block has one tile (o, down), worse where it has several.
+        row<Tile<E, 8, 1, 2, 8, 1, 2>>(3.01f, 0.104f),    // o, down
+        row<Tile<E, 8, 2, 2, 8, 1, 2>>(3.83f, 0.178f),    // qkv, gate_up
+        row<Tile<E, 16, 1, 2, 7, 1, 2>>(0.78f, 0.176f),   // o
+        row<Tile<E, 16, 1, 2, 12, 1, 2>>(2.29f, 0.121f),  // down
+        row<Tile<E, 16, 2, 2, 7, 1, 2>>(2.21f, 0.245f),   // qkv, gate_up
+        row<Tile<E, 32, 1, 2, 9, 1, 2>>(0.72f, 0.171f),   // down
+        row<Tile<E, 32, 2, 1, 12, 1, 2>>(2.99f, 0.149f),  // all others
+        row<Tile<E, 64, 1, 2, 7, 1, 2>>(3.26f, 0.132f),   // o, down
+        row<Tile<E, 64, 2, 1, 10, 1, 2>>(3.91f, 0.260f),  // qkv, gate_up
+        row<Tile<E, 96, 1, 1, 11, 1, 2>>(0.7f, 0.177f),   // qkv, o, down
+        row<Tile<E, 96, 2, 1, 8, 2, 1>>(2.0f, 0.187f),    // gate_up
+        row<Tile<E, 128, 1, 1, 9, 1, 2>>(5.60f, 0.160f),  // o, down
+        row<Tile<E, 128, 2, 1, 6, 1, 2>>(6.29f, 0.278f),  // qkv; o and down at 256 tokens
+        row<Tile<E, 128, 2, 1, 8, 2, 1>>(6.30f, 0.157f),  // gate_up; most at 256 and 512 tokens
+        row<Tile<E, 128, 3, 1, 6, 2, 1>>(3.67f, 0.347f),  // where 192 features a tile save a wave: qkv at 512 and 1024
+        row<Tile<E, 192, 2, 1, 4, 1, 2>>(6.13f, 0.424f),  // qkv, o, down at 129 to 192 tokens
+        row<Tile<E, 192, 2, 1, 6, 2, 1>>(6.67f, 0.212f),  // gate_up at 129 to 192 tokens, 384
+        row<Tile<E, 256, 2, 1, 5, 2, 1>>(7.66f, 0.300f),  // prefill
     };
     return {rows, sizeof(rows) / sizeof(rows[0])};
 }

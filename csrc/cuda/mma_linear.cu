@@ -42,7 +42,7 @@ Params make_params(const LinearProblem& problem, int* blocks) {
     p.bf16_out = problem.y_type == Number::kBf16;
     p.groups = problem.group_size == -1 ? 0 : O::kStepColumns / problem.group_size;
     p.block_bytes = O::kBlockBytes + 2 * kRowBlock * p.groups;
-    p.steps = round_up_divide(problem.k, O::kStepColumns);
+    p.steps = round_up_divide(problem.k, kStepsMultiple<O> * O::kStepColumns) * kStepsMultiple<O> / C::kSteps;
     p.token_tiles = round_up_divide(problem.m, C::kTokens);
     const int steps = round_up_divide(problem.n, kTileRows) * p.token_tiles * p.steps;
     *blocks = steps < *blocks ? steps : *blocks;
@@ -77,24 +77,24 @@ template <typename W, typename X>
 const char* run(const LinearProblem& problem, const LinearDevice& device, int tile, int blocks_per_sm,
                 cudaStream_t stream) {
     using O = Operands<W, X>;
+    // Few tokens make short steps: two of them per stage.
+    constexpr int kSteps = O::kWiden ? 1 : 2;
     switch (tile) {
         case 0:
-            return launch<Config<O, 1, 1, 1, 8>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 1, 1, 1, 8, kSteps>>(problem, device, blocks_per_sm, stream);
         case 1:
-            return launch<Config<O, 1, 2, 1, 8>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 1, 2, 1, 8, kSteps>>(problem, device, blocks_per_sm, stream);
         case 2:
-            return launch<Config<O, 2, 2, 2, 8>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 2, 2, 2, 8, 1>>(problem, device, blocks_per_sm, stream);
         case 3:
-            return launch<Config<O, 2, 4, 2, 8>>(problem, device, blocks_per_sm, stream);
-        case 5:
-            if constexpr (!O::kWiden) return launch<Config<O, 4, 8, 2, 4>>(problem, device, blocks_per_sm, stream);
-        case 6:
-            if constexpr (!O::kWiden) return launch<Config<O, 4, 4, 2, 4>>(problem, device, blocks_per_sm, stream);
+            // Widening keeps two sets of sums, so that a warp has room for half as many.
+            return launch<Config<O, O::kWiden ? 2 : 4, 4, 2, O::kWiden ? 8 : 4, 1>>(problem, device, blocks_per_sm,
+                                                                                      stream);
         default:
             if constexpr (O::kWiden) {
                 return "no such tile";
             } else {
-                return launch<Config<O, 4, 4, 4, 8>>(problem, device, blocks_per_sm, stream);
+                return launch<Config<O, 4, 4, 4, 8, 1>>(problem, device, blocks_per_sm, stream);
             }
     }
 }

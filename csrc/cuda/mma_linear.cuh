@@ -19,9 +19,9 @@ constexpr int kRowBlock = 16;
 constexpr int kTileBlocks = kTileRows / kRowBlock;
 constexpr int kValueBytes = 1024;  // of one row block and step, 16 bytes per lane and piece
 constexpr int kPieceBytes = 512;
-// Of shared memory: few tokens leave room for the two blocks of the next kernel beside this one's on 228 KiB, so that
-// their first weights travel while this one ends; the others fit the smallest GPU's 99 KiB.
-constexpr int kFewTokens = 16, kFewTokensBytes = 55 * 1024, kSharedBytes = 96 * 1024;
+// Of shared memory: it fits the smallest GPU's 99 KiB, and on the largest leaves room for a block of the next kernel,
+// whose first weights travel while this one ends.
+constexpr int kSharedBytes = 96 * 1024;
 
 struct Params {
     const uint8_t* weight;
@@ -52,22 +52,28 @@ struct Operands {
     static constexpr int kUnits = kWiden ? 4 : 2;
     static constexpr int kUnitColumns = 64 / sizeof(X);
     static constexpr int kStepColumns = kUnits * kUnitColumns;
-    static constexpr int kTokenBytes = 64 * kUnits;                      // of one token's step
     static constexpr int kPositionWords = kUnits / 2 * (3 - sizeof(X));  // per lane
     static constexpr int kMostGroups = kWiden ? 4 : 0;
     static constexpr int kBlockBytes = kValueBytes + 128 * kPositionWords;  // without scales, 32 bytes per group
 };
 
-// kI x kJ instructions per warp; kTokenWarps of kWarps share the tile's tokens, the others its rows.
-template <typename Operands_, int kI_, int kJ_, int kTokenWarps_, int kWarps_>
+// What the number of packed steps is a multiple of.
+template <typename O>
+constexpr int kStepsMultiple = O::kWiden ? 1 : 2;
+
+// kI x kJ instructions per warp; kTokenWarps of kWarps share the tile's tokens, the others its rows. A stage holds kSteps
+// steps.
+template <typename Operands_, int kI_, int kJ_, int kTokenWarps_, int kWarps_, int kSteps_>
 struct Config {
     using O = Operands_;
-    static constexpr int kI = kI_, kJ = kJ_, kTokenWarps = kTokenWarps_, kWarps = kWarps_;
+    static constexpr int kI = kI_, kJ = kJ_, kTokenWarps = kTokenWarps_, kWarps = kWarps_, kSteps = kSteps_;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kTokens = 8 * kJ * kTokenWarps;
-    static constexpr int kWeightStage = kTileBlocks * (O::kBlockBytes + 32 * O::kMostGroups);
-    static constexpr int kTokenStage = kTokens * O::kTokenBytes;
-    static constexpr int kFit = (kTokens <= kFewTokens ? kFewTokensBytes : kSharedBytes) / (kWeightStage + kTokenStage);
+    static constexpr int kUnits = kSteps * O::kUnits;
+    static constexpr int kTokenBytes = 64 * kUnits;  // of one token's stage
+    static constexpr int kWeightStage = kSteps * kTileBlocks * (O::kBlockBytes + 32 * O::kMostGroups);
+    static constexpr int kTokenStage = kTokens * kTokenBytes;
+    static constexpr int kFit = kSharedBytes / (kWeightStage + kTokenStage);
     static constexpr int kStages = kFit < 8 ? kFit : 8;
     static constexpr int kBytes = kStages * (kWeightStage + kTokenStage) + 16;
     static_assert(kI * kWarps / kTokenWarps == kTileBlocks && kStages >= 3);
@@ -166,35 +172,52 @@ class Feed {
     __device__ __forceinline__ Feed(const Params& p, const Place& place, uint32_t weight_stages, uint32_t token_stages)
         : ahead_(place),
           weights_to_(ptx::keep(weight_stages + 16 * threadIdx.x)),
-          tokens_to_(ptx::keep(token_stages + threadIdx.x / kPieces * C::O::kTokenBytes +
+          tokens_to_(ptx::keep(token_stages + threadIdx.x / kPieces * C::kTokenBytes +
                                (threadIdx.x % kPieces ^ (threadIdx.x / kPieces & 7)) * 16)),
-          step_bytes_(kTileBlocks * p.block_bytes),
+          step_bytes_(C::kSteps * kTileBlocks * p.block_bytes),
           row_bytes_(p.k * static_cast<int>(sizeof(typename C::O::X))),
           weights_(p.weight + (static_cast<int64_t>(place.row_tile + 1) * p.steps - place.until) * step_bytes_ +
                    16 * threadIdx.x) {
         enter_tile(p);
     }
 
-    // The weights of the first stages, one after the other in shared memory.
+    // The weights of the first stages.
     __device__ __forceinline__ void begin_weights(const Params& p) {
         Place place = ahead_;
-        for (int stage = 0; stage < C::kStages - 1 && place.left > 0; ++stage) {
-            copy_weights(stage);
-            next_weights(p, place, place.next(p));
+        for (int stage = 0; stage < C::kStages - 1; ++stage) {
+            if (place.left > 0) {
+                copy_weights(stage);
+                next_weights(p, place, place.next(p));
+            }
+            if (kFewPieces) ptx::copy_async_commit();
         }
     }
 
-    // Their tokens; each stage is a group of copies.
+    // Their tokens. A thread that has but one piece of each stage carries it itself: a background copy would be complete
+    // only after all those begun before it, which are the weights of all these stages.
     __device__ __forceinline__ void begin_tokens(const Params& p) {
+        uint4 carried[C::kStages - 1];
+#pragma unroll
         for (int stage = 0; stage < C::kStages - 1; ++stage) {
+            carried[stage] = make_uint4(0, 0, 0, 0);
             if (ahead_.left > 0) {
-                copy_tokens(stage);
+                if (!kFewPieces) {
+                    copy_tokens(stage);
+                } else if (has_piece() && is_inside(0)) {
+                    carried[stage] = __ldcg(reinterpret_cast<const uint4*>(tokens_));
+                }
                 next_tokens(p, ahead_.next(p));
             }
-            ptx::copy_async_commit();
+            if (!kFewPieces) ptx::copy_async_commit();
+        }
+        if (!kFewPieces || !has_piece()) return;
+#pragma unroll
+        for (int stage = 0; stage < C::kStages - 1; ++stage) {
+            ptx::store_shared_16(tokens_to_ + stage * C::kTokenStage, carried[stage]);
         }
     }
 
+    // Both, of the next stage.
     __device__ __forceinline__ void copy(const Params& p, int stage) {
         if (ahead_.left > 0) {
             copy_weights(stage);
@@ -207,13 +230,21 @@ class Feed {
     }
 
  private:
-    static constexpr int kPieces = C::O::kTokenBytes / 16, kRows = C::kThreads / kPieces;
+    static constexpr int kPieces = C::kTokenBytes / 16, kRows = C::kThreads / kPieces;
+    static constexpr bool kFewPieces = C::kTokens <= kRows;
+
+    __device__ __forceinline__ static bool has_piece() {
+        return C::kTokens >= kRows || threadIdx.x < C::kTokens * kPieces;
+    }
+
+    // Whether this thread's piece of its i-th token exists.
+    __device__ __forceinline__ bool is_inside(int i) const { return column_ < row_bytes_ && i * kRows < tokens_left_; }
 
     __device__ __forceinline__ void copy_weights(int stage) const {
         const uint32_t to = weights_to_ + stage * C::kWeightStage;
 #pragma unroll
         for (int i = 0; i < (C::kWeightStage + 16 * C::kThreads - 1) / (16 * C::kThreads); ++i) {
-            const bool whole = 16 * (i + 1) * C::kThreads <= kTileBlocks * C::O::kBlockBytes;
+            const bool whole = 16 * (i + 1) * C::kThreads <= C::kSteps * kTileBlocks * C::O::kBlockBytes;
             if (whole || 16 * (i * C::kThreads + static_cast<int>(threadIdx.x)) < step_bytes_) {
                 ptx::copy_async_16(to + 16 * i * C::kThreads, weights_ + 16 * i * C::kThreads, 16);
             }
@@ -224,10 +255,9 @@ class Feed {
         const uint32_t to = tokens_to_ + stage * C::kTokenStage;
 #pragma unroll
         for (int i = 0; i < (C::kTokens + kRows - 1) / kRows; ++i) {
-            if (C::kTokens < kRows && threadIdx.x >= C::kTokens * kPieces) break;
-            const bool inside = column_ < row_bytes_ && i * kRows < tokens_left_;
-            ptx::copy_async_16(to + i * kRows * C::O::kTokenBytes, tokens_ + i * kRows * static_cast<int64_t>(row_bytes_),
-                               inside ? 16 : 0);
+            if (!has_piece()) break;
+            ptx::copy_async_16(to + i * kRows * C::kTokenBytes, tokens_ + i * kRows * static_cast<int64_t>(row_bytes_),
+                               is_inside(i) ? 16 : 0);
         }
     }
 
@@ -238,14 +268,14 @@ class Feed {
     }
 
     __device__ __forceinline__ void next_tokens(const Params& p, bool entered) {
-        tokens_ += C::O::kTokenBytes;
-        column_ += C::O::kTokenBytes;
+        tokens_ += C::kTokenBytes;
+        column_ += C::kTokenBytes;
         if (entered) enter_tile(p);
     }
 
     __device__ __forceinline__ void enter_tile(const Params& p) {
         const int token = ahead_.token_tile * C::kTokens + threadIdx.x / kPieces;
-        column_ = (p.steps - ahead_.until) * C::O::kTokenBytes + 16 * (threadIdx.x % kPieces);
+        column_ = (p.steps - ahead_.until) * C::kTokenBytes + 16 * (threadIdx.x % kPieces);
         tokens_left_ = p.m - token;
         tokens_ = p.x + static_cast<int64_t>(token) * row_bytes_ + column_;
     }
@@ -260,6 +290,9 @@ class Feed {
 };
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
+
+template <typename C>
+using Sums = typename C::O::Sum[C::kI][C::kJ][4];
 
 template <typename Sum, int kI, int kJ>
 __device__ __forceinline__ void clear(Sum (&sums)[kI][kJ][4]) {
@@ -320,7 +353,7 @@ struct Fragments {
         values = ptx::keep(block + 16 * lane);
         positions = ptx::keep(block + kValueBytes + 4 * O::kPositionWords * lane);
         scales = O::kWiden ? ptx::keep(block + O::kBlockBytes + 4 * (lane / 4) * p.groups) : 0;
-        tokens = ptx::keep(token_stages + (warp % C::kTokenWarps * 8 * C::kJ + lane % 8) * O::kTokenBytes +
+        tokens = ptx::keep(token_stages + (warp % C::kTokenWarps * 8 * C::kJ + lane % 8) * C::kTokenBytes +
                            16 * (lane / 8 ^ lane % 8));
     }
 };
@@ -334,21 +367,22 @@ __device__ __forceinline__ void multiply_step(const Params& p, typename C::O::Su
     const uint32_t weights = stage * C::kWeightStage, tokens = from.tokens + stage * C::kTokenStage;
     uint32_t positions[C::kI][O::kPositionWords];
 #pragma unroll
-    for (int i = 0; i < C::kI; ++i) load_positions<O>(positions[i], from.positions + weights + i * p.block_bytes);
-#pragma unroll
-    for (int unit = 0; unit < O::kUnits; ++unit) {
+    for (int unit = 0; unit < C::kUnits; ++unit) {
+        const int unit_of_step = unit % O::kUnits;
+        const uint32_t step = weights + unit / O::kUnits * kTileBlocks * p.block_bytes;
         uint32_t b[C::kJ][4];
 #pragma unroll
         for (int j = 0; j < C::kJ; ++j) {
             // Pieces 4 unit + lane / 8, swizzled.
-            ptx::load_matrices(b[j], (tokens ^ (unit % 2 * 64)) + unit / 2 * 128 + 8 * j * O::kTokenBytes);
+            ptx::load_matrices(b[j], (tokens ^ (unit % 2 * 64)) + unit / 2 * 128 + 8 * j * C::kTokenBytes);
         }
 #pragma unroll
         for (int i = 0; i < C::kI; ++i) {
-            const uint32_t block = weights + i * p.block_bytes;
+            const uint32_t block = step + i * p.block_bytes;
             uint32_t a[4];
-            load_values<O>(a, from.values + block, unit);
-            const uint32_t word = positions[i][sizeof(typename O::X) == 1 ? unit : unit / 2];
+            load_values<O>(a, from.values + block, unit_of_step);
+            if (unit_of_step == 0) load_positions<O>(positions[i], from.positions + block);
+            const uint32_t word = positions[i][sizeof(typename O::X) == 1 ? unit_of_step : unit_of_step / 2];
 #pragma unroll
             for (int j = 0; j < C::kJ; ++j) {
                 if (unit % 2 == 0) {
@@ -391,34 +425,43 @@ __device__ __forceinline__ void store_unit(const Params& p, const Sum (&c)[4], i
     }
 }
 
-__device__ __forceinline__ float2 load_bias(const Params& p, int row) {
-    if (p.bias == nullptr) return {0.f, 0.f};
-    const uint32_t pair = p.bias[row] | static_cast<uint32_t>(p.bias[row + 8]) << 16;
-    return p.bf16_out ? unpack(pair, __nv_bfloat16()) : unpack(pair, __half());
-}
+// Channel scales and bias of this thread's rows.
+template <typename C>
+struct Channels {
+    float2 scale[C::kI], bias[C::kI];
+
+    __device__ __forceinline__ Channels(const Params& p, int row0) {
+#pragma unroll
+        for (int i = 0; i < C::kI; ++i) {
+            const int row = row0 + i * kRowBlock + threadIdx.x % 32 / 4;
+            scale[i] = {1.f, 1.f}, bias[i] = {0.f, 0.f};
+            if (row >= p.n) continue;
+            if (p.channel_scale != nullptr) scale[i] = {p.channel_scale[row], p.channel_scale[row + 8]};
+            if (p.bias == nullptr) continue;
+            const uint32_t pair = p.bias[row] | static_cast<uint32_t>(p.bias[row + 8]) << 16;
+            bias[i] = p.bf16_out ? unpack(pair, __nv_bfloat16()) : unpack(pair, __half());
+        }
+    }
+};
 
 template <typename C>
-__device__ __forceinline__ void store_tile(const Params& p, typename C::O::Sum (&sums)[C::kI][C::kJ][4], int row0,
+__device__ __forceinline__ void store_tile(const Params& p, Sums<C>& sums, const Channels<C>& channels, int row0,
                                            int token0) {
 #pragma unroll
     for (int i = 0; i < C::kI; ++i) {
         const int row = row0 + i * kRowBlock;
         if (row >= p.n) break;
-        const int mine = row + threadIdx.x % 32 / 4;
-        const float2 bias = load_bias(p, mine);
-        const float2 scale =
-            p.channel_scale == nullptr ? float2{1.f, 1.f} : float2{p.channel_scale[mine], p.channel_scale[mine + 8]};
 #pragma unroll
         for (int j = 0; j < C::kJ; ++j) {
             if (token0 + 8 * j >= p.m) break;
-            store_unit(p, sums[i][j], row, token0 + 8 * j, scale, bias);
+            store_unit(p, sums[i][j], row, token0 + 8 * j, channels.scale[i], channels.bias[i]);
         }
     }
 }
 
 // Leave the part of `tile` in the workspace; returns whether this block is its last, and then the sum of all parts.
 template <typename C>
-__device__ __forceinline__ bool add_parts(const Params& p, typename C::O::Sum (&sums)[C::kI][C::kJ][4], int tile,
+__device__ __forceinline__ bool add_parts(const Params& p, Sums<C>& sums, int tile,
                                           int tokens, int* last) {
     using Sum = typename C::O::Sum;
     const int first = share_of(tile * p.steps, p), final = share_of((tile + 1) * p.steps - 1, p);
@@ -468,17 +511,18 @@ __device__ __forceinline__ bool add_parts(const Params& p, typename C::O::Sum (&
 
 // Finish steps [begin, end) of the tile of `place`: store them if they are all, else add up what others have done.
 template <typename C>
-__device__ __forceinline__ void finish_tile(const Params& p, typename C::O::Sum (&sums)[C::kI][C::kJ][4],
+__device__ __forceinline__ void finish_tile(const Params& p, Sums<C>& sums,
                                             const Place& place, int begin, int end, int* last) {
     const int warp = threadIdx.x / 32;
     const int row0 = (place.row_tile * kTileBlocks + warp / C::kTokenWarps * C::kI) * kRowBlock;
     const int token0 = place.token_tile * C::kTokens + warp % C::kTokenWarps * 8 * C::kJ;
+    const Channels<C> channels(p, row0);  // before waiting for others
     if (begin > 0 || end < p.steps) {
         // This thread's columns of instruction j exist while 8 j < tokens.
         const int tokens = p.m - token0 - 2 * static_cast<int>(threadIdx.x % 4);
         if (!add_parts<C>(p, sums, place.row_tile * p.token_tiles + place.token_tile, tokens, last)) return;
     }
-    store_tile<C>(p, sums, row0, token0);
+    store_tile<C>(p, sums, channels, row0, token0);
 }
 
 // FP8 operands came with compute capability 8.9. Hopper and the large Blackwells have them for wgmma and tcgen05 alone,
@@ -552,8 +596,8 @@ constexpr int least_blocks() {
 #ifdef __CUDA_ARCH__
     if (std::is_same_v<typename C::O::X, __nv_fp8_e4m3> && emulates_fp8(__CUDA_ARCH__ / 10)) return 1;
 #endif
-    if (C::O::kWiden) return C::kTokens <= 8 ? 4 : C::kTokens <= 32 ? 2 : 1;
-    return C::kTokens <= kFewTokens ? 4 : C::kI * C::kJ * C::kWarps <= 64 || C::kWarps <= 4 ? 2 : 1;
+    if (C::O::kWiden) return C::kTokens <= 32 ? 2 : 1;
+    return C::kTokens <= 64 ? 2 : 1;
 }
 
 template <typename C>

@@ -53,6 +53,11 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // ---- fragments ------------------------------------------------------------------------------------------------------
 // Four 8x8 matrices of 16-bit values: lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&fragment)[4], uint32_t address) {

@@ -11,6 +11,7 @@ from vllm_sparse.compress.grid import search_grid
 from vllm_sparse.compress.hessian import Hessian, damp, energy
 from vllm_sparse.compress.least_squares import least_squares, optimum_ratio
 from vllm_sparse.compress.magnitude import magnitude_mask, wanda_mask
+from vllm_sparse.compress.rescale import refit_scales
 from vllm_sparse.compress.sparsegpt import sparsegpt
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.scheme import SCHEMES
@@ -286,3 +287,29 @@ def test_inputs_that_overflow_are_named():
     hessian.add(torch.tensor([[1.0, float("inf"), 0.0, 0.0]]))
     with pytest.raises(FormatError, match="block 1: its inputs overflow or hold NaN during calibration"):
         hessian.matrix("block 1")
+
+
+@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 32), ("w4a16", -1), ("fp8", -1)])
+def test_refitted_scales_solve_the_normal_equations_and_never_raise_the_error(scheme, group_size):
+    weight, _, h = inputs(k=128, tokens=600)
+    weight[3] = 0  # a row without a single code
+    grid = search_grid(weight, SCHEMES[scheme], group_size)
+    rounded = round_to_nearest(weight * magnitude_mask(weight), grid)
+    found, new = refit_scales(weight, rounded, h, grid, torch.float32)
+    before, after = energy(weight - rounded, h), energy(weight - found, h)
+    assert (after <= before).all() and after.sum() < 0.999 * before.sum()
+    assert torch.equal(new.encode(found), grid.encode(rounded)) and (new.scales > 0).all()
+    # At the optimum the error is orthogonal to the codes of every group.
+    codes = grid.encode(rounded).to(weight.dtype).unflatten(1, (new.scales.shape[1], -1))
+    slope = (((weight - found) @ h).unflatten(1, codes.shape[1:]) * codes).sum(-1)
+    unfitted = (((weight - rounded) @ h).unflatten(1, codes.shape[1:]) * codes).sum(-1)
+    assert slope.abs().max() < 1e-3 * unfitted.abs().max()
+
+
+def test_refitted_scales_are_storable():
+    weight, _, h = inputs(k=128, tokens=600)
+    grid = search_grid(weight.float(), INT4, 32, None, torch.bfloat16)
+    rounded = round_to_nearest(weight.float() * magnitude_mask(weight), grid)
+    found, new = refit_scales(weight.float(), rounded, h.float(), grid, torch.bfloat16)
+    assert torch.equal(new.scales, new.scales.bfloat16().float())
+    assert (energy(weight.float() - found, h.float()) <= energy(weight.float() - rounded, h.float())).all()

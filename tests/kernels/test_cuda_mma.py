@@ -126,7 +126,8 @@ def test_packing_follows_the_fragments(scheme: str, activation: torch.dtype, n: 
     scales = weight.scales if group_size != -1 else None
     packed = pack_tiles(weight.values, weight.positions, scales, group_size, activation)
     widen, columns = weight.values.dtype != activation, step_columns(weight.values.dtype, activation)
-    tiles, steps, units = -(-n // 128), -(-k // columns), 4 if widen else 2
+    tiles, units, multiple = -(-n // 128), 4 if widen else 2, 1 if widen else 2
+    steps = -(-k // (multiple * columns)) * multiple
     size = 1024 + (64 if activation.itemsize == 2 else 128) * units
     groups = 0 if scales is None else columns // group_size
     assert packed.shape == (tiles, steps, 8, size + 32 * groups)
@@ -183,7 +184,7 @@ def test_prepare_keeps_channel_scales_apart_and_rounds_to_the_activations() -> N
     weight = dataclasses.replace(weight, input_scale=torch.ones(1), layer="static")
     packed = KERNEL.prepare(weight.spec(FP16), weight)
     assert packed["weight_scale"].dtype == torch.float32 and packed["weight_scale"].shape == (32,)
-    assert packed["weight_packed"].shape == (1, 1, 8, 1280) and packed["input_scale"].shape == (1,)
+    assert packed["weight_packed"].shape == (1, 2, 8, 1280) and packed["input_scale"].shape == (1,)
     weight = random_weight("w8a16", 32, 128, 32, torch.float32)
     assert set(KERNEL.prepare(weight.spec(BF16), weight)) == {"weight_packed"}
     weight = random_weight("bf16", 16, 64, dtype=BF16)

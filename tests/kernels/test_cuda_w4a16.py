@@ -226,6 +226,30 @@ def test_dependent_launches_wait_for_their_input() -> None:
 
 
 @gpu
+def test_stages_come_round_while_the_next_kernel_waits() -> None:
+    torch.manual_seed(8)
+    layers = [Layer(random_weight(8192, 8192, 128, torch.bfloat16, seed), torch.bfloat16) for seed in range(3)]
+    for m in (1, 8, 16, 32, 64):
+        x = torch.randn(m, 8192, device="cuda").bfloat16()
+        apart = []
+        for layer in layers:
+            layer.check(x)
+            apart.append(layer.run(x))
+            torch.cuda.synchronize()
+        together = [layer.run(x) for _ in range(20) for layer in layers]
+        assert all(torch.equal(y, apart[i % 3]) for i, y in enumerate(together))
+
+
+@gpu
+@pytest.mark.parametrize("n", [64, 192, 320, 8448, 12304])
+def test_row_tiles_of_every_height(n: int) -> None:
+    torch.manual_seed(9)
+    layer = Layer(random_weight(n, 384, 128, torch.bfloat16), torch.bfloat16)
+    for m in (20, 64, 128, 200, 400, 1100):
+        layer.check(torch.randn(m, 384, device="cuda").bfloat16())
+
+
+@gpu
 def test_strided_tokens_no_tokens_and_nan() -> None:
     torch.manual_seed(7)
     layer = Layer(random_weight(64, 160, 32, torch.bfloat16), torch.bfloat16)

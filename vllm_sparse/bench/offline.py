@@ -1,4 +1,7 @@
-"""Offline suites: seconds of one request (latency), and of many at once (throughput), on an engine in a subprocess."""
+"""Offline suites on an engine in a subprocess: one request (latency), and many at once (throughput).
+
+A latency sample is two requests with the same prompt: one for the whole output, and one that ends with its first token.
+"""
 
 from __future__ import annotations
 
@@ -80,14 +83,17 @@ class Engine:
             self._ask(job, min(_WARM_UP_TOKENS, job.case.output), seed=10_000)
             self._warm.add((job.suite, job.case.name))
         warnings: set[str] = set()
-        seconds, states = [], []
+        seconds, first_token, states = [], [], []
         for sample in range(job.samples):
-            answer = self._ask(job, job.case.output, seed=job.round * job.samples + sample)
-            seconds.append(answer["seconds"])
+            seed = job.round * job.samples + sample
+            seconds.append(self._ask(job, job.case.output, seed)["seconds"])
             states.append(gpu_states())
+            if job.suite == "latency":
+                first_token.append(self._ask(job, 1, seed)["seconds"])
             warnings.update(throttle_check(states[-1]))
         shape = {"requests": job.requests, "prompt": job.case.prompt, "output": job.case.output}
-        return {**job.key, **shape, "seconds": seconds, "gpu": states, "warnings": sorted(warnings)}
+        times = {"seconds": seconds} | ({"first_token": first_token} if first_token else {})
+        return {**job.key, **shape, **times, "gpu": states, "warnings": sorted(warnings)}
 
     def close(self) -> None:
         """Unload it."""

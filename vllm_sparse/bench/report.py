@@ -44,7 +44,7 @@ def _by_case(
     cases = summary.cases(suite)
     if not cases:
         return None
-    rows = []
+    rows, found = [], False
     for model in summary.models:
         cells, ratios = [], []
         for name, _, _ in cases:
@@ -52,15 +52,26 @@ def _by_case(
             ratio = summary.ratio(value, figure(summary.baseline, name), lower_is_better)
             cells.append(_cell(value, None if model == summary.baseline else ratio, 4))
             ratios.append(ratio)
+        found = found or any(ratio is not None for ratio in ratios)
         known = [ratio for ratio in ratios if ratio is not None]
         mean = sum(known) / len(known) if len(known) == len(cases) else None
         rows.append([model, *cells, _NONE if mean is None else f"{mean:.2f}x"])
-    return table(["model", *map(_title, cases), "mean"], rows)
+    return table(["model", *map(_title, cases), "mean"], rows) if found else None
 
 
 def latency_table(summary: Summary) -> str | None:
     """Seconds of one request at a time."""
     return _by_case(summary, "latency", summary.latency, lower_is_better=True)
+
+
+def first_token_table(summary: Summary) -> str | None:
+    """Milliseconds to the first token of one request at a time."""
+    return _by_case(summary, "latency", summary.first_token, lower_is_better=True)
+
+
+def decode_table(summary: Summary) -> str | None:
+    """Tokens per second of one request at a time, after its first token."""
+    return _by_case(summary, "latency", summary.decode, lower_is_better=False)
 
 
 def throughput_table(summary: Summary) -> str | None:
@@ -156,6 +167,8 @@ def sections(summary: Summary) -> list[tuple[str, str]]:
     arguments = summary.data["arguments"]
     found = [
         ("Latency: seconds of one request", latency_table(summary)),
+        ("Latency: milliseconds to the first token", first_token_table(summary)),
+        ("Latency: tokens per second after it", decode_table(summary)),
         (f"Throughput: requests per second, {arguments['requests']} at once", throughput_table(summary)),
     ]
     found += served_tables(summary)

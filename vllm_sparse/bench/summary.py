@@ -65,6 +65,17 @@ class Summary:
         rows = self.rows("latency", model=model, use_case=case)
         return Figure.of([seconds for row in rows for seconds in row["seconds"]])
 
+    def first_token(self, model: str, case: str) -> Figure | None:
+        """Milliseconds to the first token of one request."""
+        rows = self.rows("latency", model=model, use_case=case)
+        return Figure.of([1e3 * seconds for row in rows for seconds in row.get("first_token", [])])
+
+    def decode(self, model: str, case: str) -> Figure | None:
+        """Tokens per second of one request after its first token."""
+        rows = self.rows("latency", model=model, use_case=case)
+        pairs = [(row, *pair) for row in rows for pair in zip(row["seconds"], row.get("first_token", []), strict=False)]
+        return Figure.of([(row["output"] - 1) / (whole - first) for row, whole, first in pairs if whole > first])
+
     def throughput(self, model: str, case: str) -> Figure | None:
         """Requests per second of a batch."""
         rows = self.rows("throughput", model=model, use_case=case)

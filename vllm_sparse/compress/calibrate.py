@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 from vllm_sparse.compress.hessian import Hessian
 
 
+class _AllSeenError(Exception):
+    """Ends a forward pass where the rest of the block would only cost time."""
+
+
 class BlockHessians:
     """Hooks on the linear layers of one block. Layers given the very same tensor (q, k, v; gate, up) share one H.
 
-    Use as a context manager around the forward passes; call ``end_batch`` after each.
+    Use as a context manager around the forward passes, and run each of them inside ``batch``.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
@@ -22,6 +27,8 @@ class BlockHessians:
         self._hessians: dict[str, Hessian] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._handles: list[Any] = []
+        self._called: list[str] = []
+        self._last: str | None = None
 
     def __enter__(self) -> BlockHessians:
         for name, linear in self._linears.items():
@@ -33,9 +40,18 @@ class BlockHessians:
             handle.remove()
         self._seen.clear()
 
-    def end_batch(self) -> None:
-        """Forget the inputs of this forward pass; a later tensor may live at the same address."""
-        self._seen.clear()
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Run one forward pass inside. It is cut short where no layer is left whose input has not been seen."""
+        try:
+            yield
+        except _AllSeenError:
+            pass
+        finally:
+            if sorted(self._called) == sorted(self._linears):
+                self._last = self._called[-1]  # else experts: whom the next batch calls is not known
+            self._called.clear()
+            self._seen.clear()  # a later tensor may live at the same address
 
     def groups(self) -> Iterator[tuple[tuple[str, ...], Tensor | None, int]]:
         """Yield the layers that share an input, its H, and its number of tokens: (None, 0) when there were none.
@@ -53,6 +69,7 @@ class BlockHessians:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
+            self._called.append(name)
             if x.numel() == 0:  # an expert that no token was sent to
                 return
             # Holding the tensor keeps its id from being given to another one before the pass ends.
@@ -60,6 +77,10 @@ class BlockHessians:
             # Who leads is decided in the first pass: a follower whose leader was not called would go uncounted.
             leader = self._leader.setdefault(name, leader)
             if leader == name:
-                self._hessians.setdefault(name, Hessian(x.shape[-1], x.device)).add(x)
+                if name not in self._hessians:
+                    self._hessians[name] = Hessian(x.shape[-1], x.device)
+                self._hessians[name].add(x)
+            if name == self._last and len(self._called) == len(self._linears):
+                raise _AllSeenError
 
         return hook

@@ -29,7 +29,9 @@ from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
-TOKENS_AT_ONCE = 8192
+# Tokens of a batch. A CPU works out of its caches; refinement takes a step per batch, and many small ones lead further.
+_TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
+_TOKENS_PER_STEP = 2048
 _Add = Callable[[str, Tensor], None]
 
 
@@ -41,9 +43,9 @@ class Job:
         self.recipe = recipe
         self.device = device
         self.phases = Phases(device)
+        self.batch_tokens = _TOKENS_PER_STEP if recipe.refine else _TOKENS_AT_ONCE.get(device.type, 8192)
         self._value_dtype = _source_dtype(checkpoint)
-        # A CPU gains nothing from computing in 16 bits that would be worth the rounding of the calibration inputs.
-        self._model = BlockModel(checkpoint, device, torch.float32 if device.type == "cpu" else self._value_dtype)
+        self._model = BlockModel(checkpoint, device, _compute_dtype(device, self._value_dtype))
         patterns = (*ALWAYS_DENSE, *recipe.ignore)
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
         self.chosen = [name for name in blocks if not is_ignored(name, patterns)]
@@ -92,7 +94,7 @@ class Job:
 
         Blocks that ``manifest`` knows are read from it. Each one that is finished here is added to it.
         """
-        state = _Activations(self._model, tokens)
+        state = _Activations(self._model, tokens, self.batch_tokens, self.recipe.refine > 0)
         finished = 0 if manifest is None else len(manifest)
         for index in range(len(self._model.blocks)):
             if manifest is not None and index < finished:
@@ -110,7 +112,7 @@ class Job:
     @torch.no_grad()
     def rehearse(self, tokens: Tensor | None, progress: Progress) -> int:
         """Compress the first block and write it nowhere; return the bytes of the hidden states of ``tokens``."""
-        state = _Activations(self._model, tokens)
+        state = _Activations(self._model, tokens, self.batch_tokens, self.recipe.refine > 0)
         for _ in self._compress_block(0, lambda name, tensor: None, state, progress):
             pass
         return sum(x.nbytes for _, x in state.batches(0))
@@ -228,8 +230,8 @@ class Job:
         """Run the block and yield what reached its layers, for each set of them that shares an input."""
         with self.phases("calibrate"), BlockHessians(linears) as hessians:
             for call, x in batches:
-                call.run(block, x)
-                hessians.end_batch()
+                with hessians.batch():
+                    call.run(block, x)
         for names, h, tokens in hessians.groups():
             with self.phases("prune"):
                 inputs = Inputs(h, tokens, self.recipe, ", ".join(names))
@@ -307,17 +309,17 @@ class _Activations:
     """The hidden states between two blocks, for all calibration tokens, and what each block is called with.
 
     Attributes:
-        targets: the same in the dense model, which refinement works towards.
+        targets: the same in the dense model, which refinement works towards; empty without ``refined``.
     """
 
-    def __init__(self, model: BlockModel, tokens: Tensor | None) -> None:
+    def __init__(self, model: BlockModel, tokens: Tensor | None, batch_tokens: int, refined: bool) -> None:
         self._hidden: list[Tensor] = []
         self._calls: dict[torch.Size, list[BlockCall]] = {}
         if tokens is not None:
-            for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
+            for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
                 embedded, self._calls[batch.shape] = model.embed(batch)
                 self._hidden.append(embedded)
-        self.targets = list(self._hidden)
+        self.targets = list(self._hidden) if refined else []
 
     def batches(self, index: int) -> list[tuple[BlockCall, Tensor]]:
         """Return the calls and inputs of block ``index``."""
@@ -344,6 +346,12 @@ def _line(report: LayerReport) -> str:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _compute_dtype(device: torch.device, source: torch.dtype) -> torch.dtype:
+    """Return the dtype of the forward passes: the model's own, but float32 on CPUs that have no products in it."""
+    fast = device.type != "cpu" or (source == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported())
+    return source if fast else torch.float32
 
 
 def _source_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -16,11 +16,13 @@ from vllm_sparse.compress.hessian import Damped, damp, energy
 from vllm_sparse.compress.least_squares import least_squares, optimum_ratio
 from vllm_sparse.compress.magnitude import magnitude_mask, wanda_mask
 from vllm_sparse.compress.recipe import Recipe
+from vllm_sparse.compress.rescale import refit_scales
 from vllm_sparse.compress.sparsegpt import sparsegpt
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight, nonzero_mask
 
 _SWEEPS = 3  # of coordinate descent after GPTQ; what a fourth gains is in the noise
+_REFITS = 2  # of the scales to the codes, with descent before and after each
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,9 @@ def _quantize(pruned: Pruned, damped: Damped | None, recipe: Recipe, value_dtype
         rounded, _ = sparsegpt(pruned.dense, damped.factor, grid)
     else:
         rounded = gptq(sparse, damped.h, grid, pruned.mask)
+        for _ in range(_REFITS):
+            rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
+            rounded, grid = refit_scales(sparse, rounded, damped.h, grid, recipe.scale_dtype)
         rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
     return Sparse24Weight.from_dense(grid.encode(rounded), scheme, grid.scales.to(recipe.scale_dtype), recipe.group)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vllm_sparse.compress.job import TOKENS_AT_ONCE, Job
+from vllm_sparse.compress.job import Job
 from vllm_sparse.compress.progress import Progress, clock
 from vllm_sparse.compress.recipe import Recipe
 
@@ -67,7 +67,7 @@ class Plan:
 
 def make_plan(job: Job, tokens: Tensor | None) -> Plan:
     """Compress the first block with one batch of ``tokens`` [samples, length], forget it, and return the plan."""
-    batch = None if tokens is None else tokens[: max(1, TOKENS_AT_ONCE // tokens.shape[1])]
+    batch = None if tokens is None else tokens[: max(1, job.batch_tokens // tokens.shape[1])]
     hidden_bytes = job.rehearse(batch, Progress(1, quiet=True))
     batches = 1.0 if tokens is None or batch is None else tokens.numel() / batch.numel()
     passes = sum(job.phases.seconds.get(name, 0.0) for name in ("calibrate", "propagate"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class Kernel(ABC):
         """
 
 
-def define_op(signature: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor], device: str) -> None:
+def define_op(signature: str, implementation: Callable[..., Any], fake: Callable[..., Any], device: str) -> None:
     """Register ``torch.ops.vllm_sparse.<name>`` so that torch.compile and CUDA graphs see one opaque call.
 
     Args:

@@ -86,12 +86,13 @@ def pack_tiles(
         activation: dtype of the tokens.
 
     Returns:
-        uint8 ``[tiles, steps, 8, bytes]``: for each row block of 16 rows its values, positions and scales. Padding
-        multiplies by zero.
+        uint8 ``[tiles, steps, 8, bytes]``: for each row block of 16 rows its values, positions and scales. There is an
+        even number of steps where nothing is widened. Padding multiplies by zero.
     """
     n, half_k = values.shape
     widen, columns = values.dtype != activation, step_columns(values.dtype, activation)
-    tiles, steps = -(-n // TILE_ROWS), -(-2 * half_k // columns)
+    tiles, multiple = -(-n // TILE_ROWS), 1 if widen else 2
+    steps = -(-2 * half_k // (multiple * columns)) * multiple
     rows = tiles * TILE_ROWS - n
     raw = values.view(torch.int8) if values.itemsize == 1 else values.view(torch.int16)
     raw = pad(raw, (0, steps * columns // 2 - half_k, 0, rows))

@@ -25,6 +25,7 @@ STEP = 128  # input features of a packed step
 PANEL_BLOCKS = 16  # row blocks of a panel
 ROW_BLOCK = 16  # output features of a row block
 AUTO_KERNEL = -1
+_COUNTER_BYTES = 4096  # zero at the workspace's beginning
 _ZERO_CODE = 8
 _PADDING_NIBBLES = 0x44
 
@@ -92,32 +93,29 @@ def _device(index: int) -> tuple[int, int]:
 
 
 _GRAPHS = -1  # in place of a stream
+_MOST_STREAMED = 16  # tokens; on Hopper more of them are multiplied by wgmma.sp, which needs no workspace
 _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
-def _workspace(device: torch.device) -> Tensor | None:
-    """Return the zeroed workspace of the current stream, or of all graphs while one is captured.
+def _make_workspace(device: torch.device, stream: int) -> Tensor:
+    """Return the workspace of ``stream``, made or set up again: a reload may follow a sleep that lost its contents."""
+    size = _cuda.w4a16_workspace_bytes(_device(device.index)[0])
+    workspace = _workspaces.setdefault((device.index, stream), torch.empty(size, dtype=torch.uint8, device=device))
+    workspace.fill_(255)[:_COUNTER_BYTES].zero_()
+    return workspace
 
-    Hopper's kernels need none. Memory first asked for during a capture would be zeroed by the graph alone, hence one
-    workspace for graphs, made by ``prepare``: graphs of one device must not be replayed at the same time.
+
+def _workspace(device: torch.device, tokens: int) -> Tensor | None:
+    """Return the workspace of the current stream, or of all graphs while one is captured.
+
+    Memory first asked for during a capture would be set up by the graph alone, hence one workspace for graphs, made by
+    ``prepare``: graphs of one device must not be replayed at the same time.
     """
-    sm_count, capability = _device(device.index)
-    if capability == 90:
+    if tokens > _MOST_STREAMED and _device(device.index)[1] == 90:
         return None
     stream = _GRAPHS if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
-    key = (device.index, stream)
-    if key not in _workspaces:
-        _workspaces[key] = torch.zeros(_cuda.w4a16_workspace_bytes(sm_count), dtype=torch.uint8, device=device)
-    return _workspaces[key]
-
-
-def _make_graph_workspace(device: torch.device) -> None:
-    sm_count, capability = _device(device.index)
-    if capability == 90:
-        return
-    key, size = (device.index, _GRAPHS), _cuda.w4a16_workspace_bytes(sm_count)
-    found = _workspaces.setdefault(key, torch.zeros(size, dtype=torch.uint8, device=device))
-    found.zero_()  # again for a reload, after a sleep that lost its contents
+    found = _workspaces.get((device.index, stream))
+    return _make_workspace(device, stream) if found is None else found
 
 
 def _linear(
@@ -127,7 +125,7 @@ def _linear(
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty((m, n))
-    workspace = _workspace(x.device)
+    workspace = _workspace(x.device, m)
     sm_count, capability = _device(x.device.index)
     _cuda.w4a16_linear(
         x.data_ptr(),
@@ -202,7 +200,7 @@ class CudaW4A16Kernel(Kernel):
         if not grouped:
             packed["channel_scale"] = weight.scales.float().flatten()
         if weight.values.is_cuda:
-            _make_graph_workspace(weight.values.device)
+            _make_workspace(weight.values.device, _GRAPHS)
             # The kernel reads the weight before its predecessors in the stream have finished (programmatic dependent
             # launch), so whatever wrote the weight must have.
             torch.cuda.current_stream(weight.values.device).synchronize()

@@ -11,6 +11,7 @@ from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
+from vllm_sparse.kernels import cuda_quantize
 from vllm_sparse.kernels.reference import quantize_activations
 
 Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -53,6 +54,22 @@ def is_dummy_load() -> bool:
     return config is not None and config.load_config.load_format == "dummy"
 
 
+def enable_dependent_launch() -> None:
+    """Let the compiler's kernels and ours overlap where the GPU can (programmatic dependent launch, capability 9.0 on).
+
+    A compiled kernel that comes after one of ours then starts while ours ends, and lets ours behind it start while it
+    ends itself. The compiler leaves this off by default; what the user set stays. Has to be called before the model is
+    compiled, since it is a part of the compiled model's identity in vLLM's cache.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return
+    from torch._inductor import config as inductor
+
+    if hasattr(inductor.triton, "enable_pdl"):
+        config.compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
+
+
 def pipeline_parallel_size() -> int:
     """Return over how many pipeline ranks the layers are spread."""
     config = get_current_vllm_config_or_none()
@@ -69,10 +86,13 @@ def begin_online_loading(layer: torch.nn.Module) -> None:
 def activation_quantizer(dtype: torch.dtype, static: bool) -> Quantizer:
     """Return ``f(x [m, k], static scale or None) -> (codes, scales)`` for ``dtype``, e4m3 or int8.
 
-    e4m3 goes through vLLM's own op, which its compiler passes fuse with the RMSNorm or SiLU before it.
+    Dynamic e4m3 goes through our op where there is one, else through vLLM's, which its compiler fuses with the RMSNorm
+    or SiLU before it: the fused reduction takes longer at few tokens (docs/decisions/0062).
     """
     if dtype == torch.int8:
         return _quantize_int8
+    if not static and cuda_quantize.available():
+        return lambda x, scale: cuda_quantize.quantize(x)
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 

@@ -20,7 +20,13 @@ from vllm_sparse.formats.packed import PackedFormat
 from vllm_sparse.formats.passthrough import PassThroughFormat
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
 from vllm_sparse.plugin import METHOD
-from vllm_sparse.plugin.compat import additional_config, logger, routed_experts_class, warn_if_untested
+from vllm_sparse.plugin.compat import (
+    additional_config,
+    enable_dependent_launch,
+    logger,
+    routed_experts_class,
+    warn_if_untested,
+)
 from vllm_sparse.plugin.options import Options
 from vllm_sparse.plugin.report import LoadReport
 from vllm_sparse.scheme import Scheme, get_scheme
@@ -137,6 +143,7 @@ class Sparse24Config(QuantizationConfig):
             return None if self.stock is None else self.stock.get_quant_method(layer, prefix)
         fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
         warn_if_untested()
+        enable_dependent_launch()
         found = self._stored_as(module, fmt)
         if found is None:
             self.report.ignored(module)

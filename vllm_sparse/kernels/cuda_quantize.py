@@ -1,0 +1,52 @@
+"""Dynamic e4m3 quantization of activations on Hopper (csrc/cuda/quantize.cu), one scale per token."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_sparse.kernels.base import define_op
+
+try:
+    _cuda: Any = importlib.import_module("vllm_sparse._cuda")
+except ImportError:  # no nvcc at installation
+    _cuda = None
+
+
+def available() -> bool:
+    """Return whether the current device can run ``quantize``."""
+    return _cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize activations, in the arithmetic of vLLM's ``QuantFP8``.
+
+    Args:
+        x: bf16 or fp16 ``[m, k]``, k a multiple of 8.
+
+    Returns:
+        float8_e4m3fn codes ``[m, k]`` and float32 scales ``[m, 1]``: max(|x|) / 448, but no less than 1 / (448 * 512).
+    """
+    codes, scale = torch.ops.vllm_sparse.fp8_quantize(x)
+    return codes, scale
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    m, k = x.shape
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    codes, scale = _quantize_fake(x)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    half = x.dtype == torch.float16
+    _cuda.fp8_quantize(x.data_ptr(), half, codes.data_ptr(), scale.data_ptr(), m, k, x.device.index, stream)
+    return codes, scale
+
+
+def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+define_op("fp8_quantize(Tensor x) -> (Tensor, Tensor)", _quantize, _quantize_fake, "CUDA")
