@@ -26,10 +26,8 @@ enum class W4A16Kernel : int {
     kWgmma32 = 6,   // wgmma.sp (sm_90a), up to 256 rows x 32 tokens
     kWgmma64 = 7,
     kWgmma128 = 8,
-    kWgmma8 = 9,
-    kWgmma16 = 10,
 };
-constexpr int kW4A16Kernels = 11;
+constexpr int kW4A16Kernels = 9;
 
 struct W4A16Problem {
     const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned

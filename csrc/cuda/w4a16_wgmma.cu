@@ -1,6 +1,6 @@
 // W4A16 2:4 sparse linear on Hopper's wgmma.sp (sm_90a): the sparse weights are dequantized in registers, the tokens
-// come from shared memory. Two consumer warpgroups of 128 rows each; while the tensor cores work on one 64-row half of
-// a warpgroup's step, the warpgroup dequantizes the other.
+// come from shared memory. A tile has up to 256 rows, dealt out to the consumer warpgroups in units of 64; while the
+// tensor cores work on one unit or step of a warpgroup, the warpgroup dequantizes the next.
 #include "w4a16_common.cuh"
 
 namespace vllm_sparse::w4a16 {
@@ -60,7 +60,6 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 }
 
 #define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define D8(j) D4(j), D4(j + 1)
 #define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
 #define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                 \
     asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P                 \
@@ -72,16 +71,12 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
                  : outputs                                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),   \
                    "r"(accumulate))
-#define REGISTERS_4 "%0, %1, %2, %3"
-#define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
 #define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define REGISTERS_64                                                                   \
     REGISTERS_32                                                                       \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_8(type) WGMMA("8", type, REGISTERS_4, D4(0), "{%4, %5, %6, %7}", 8, 9, 10, 11)
-#define WGMMA_16(type) WGMMA("16", type, REGISTERS_8, D8(0), "{%8, %9, %10, %11}", 12, 13, 14, 15)
 #define WGMMA_32(type) WGMMA("32", type, REGISTERS_16, D16(0), "{%16, %17, %18, %19}", 20, 21, 22, 23)
 #define WGMMA_64(type) WGMMA("64", type, REGISTERS_32, D16(0) COMMA D16(4), "{%32, %33, %34, %35}", 36, 37, 38, 39)
 #define WGMMA_128(type)                                                                                              \
@@ -94,11 +89,7 @@ template <typename T, int kSelector, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4], uint32_t tokens, uint32_t positions,
                                       int accumulate) {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-    static_assert(kJ == 1 || kJ == 2 || kJ == 4 || kJ == 8 || kJ == 16);
-    if constexpr (kJ == 1 && kBf16) WGMMA_8("bf16");
-    if constexpr (kJ == 1 && !kBf16) WGMMA_8("f16");
-    if constexpr (kJ == 2 && kBf16) WGMMA_16("bf16");
-    if constexpr (kJ == 2 && !kBf16) WGMMA_16("f16");
+    static_assert(kJ == 4 || kJ == 8 || kJ == 16);
     if constexpr (kJ == 4 && kBf16) WGMMA_32("bf16");
     if constexpr (kJ == 4 && !kBf16) WGMMA_32("f16");
     if constexpr (kJ == 8 && kBf16) WGMMA_64("bf16");
@@ -432,10 +423,6 @@ struct Wgmma {
     template <typename T, int kGroups>
     static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
         switch (problem.kernel) {
-            case W4A16Kernel::kWgmma8:
-                return w4a16::run<T, Config<kGroups, 8, 12, 1>>(problem, device, stream);
-            case W4A16Kernel::kWgmma16:
-                return w4a16::run<T, Config<kGroups, 16, 10, 1>>(problem, device, stream);
             case W4A16Kernel::kWgmma32:
                 return w4a16::run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
             case W4A16Kernel::kWgmma64:
