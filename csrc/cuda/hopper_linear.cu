@@ -156,6 +156,7 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
     return best;
 }
 
+int g_band = 1;
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
     if (a.m == 0) return nullptr;
     const int row_bytes = a.k * element_bytes(a.element);
@@ -190,7 +191,9 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.column_tiles = ceil_div(row_bytes, kPaddingBricks * kBrickRowBytes) * kPaddingBricks / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
-    args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
+    args.feature_groups = ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
+    args.band = g_band;
+    args.tiles = args.token_tiles * args.feature_groups;
     args.stream_weight = args.token_tiles == 1;
     const int blocks_per_cluster = c.cluster * c.split;
     const int workers = std::min(device->workers[configuration], args.tiles);

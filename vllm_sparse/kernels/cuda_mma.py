@@ -247,8 +247,7 @@ class CudaMmaKernel(Kernel):
         if weight.input_scale is not None:
             packed["input_scale"] = weight.input_scale
         if weight.device.type == "cuda":
-            if (weight.device.index, _GRAPHS) not in _workspaces:
-                _make_workspace(weight.device, _GRAPHS)
+            _make_workspace(weight.device, _GRAPHS).zero_()  # again for a reload, after a sleep that lost its contents
             # The kernel reads the weight before its predecessors in the stream have finished (programmatic dependent
             # launch), so whatever wrote the weight must have.
             torch.cuda.current_stream(weight.device).synchronize()

@@ -98,10 +98,11 @@ _workspaces: dict[tuple[int, int], Tensor] = {}
 
 
 def _make_workspace(device: torch.device, stream: int) -> Tensor:
+    """Return the workspace of ``stream``, made or set up again: a reload may follow a sleep that lost its contents."""
     size = _cuda.w4a16_workspace_bytes(_device(device.index)[0])
-    workspace = torch.full((size,), 255, dtype=torch.uint8, device=device)
-    workspace[:_COUNTER_BYTES].zero_()
-    return _workspaces.setdefault((device.index, stream), workspace)
+    workspace = _workspaces.setdefault((device.index, stream), torch.empty(size, dtype=torch.uint8, device=device))
+    workspace.fill_(255)[:_COUNTER_BYTES].zero_()
+    return workspace
 
 
 def _workspace(device: torch.device, tokens: int) -> Tensor | None:
@@ -199,8 +200,7 @@ class CudaW4A16Kernel(Kernel):
         if not grouped:
             packed["channel_scale"] = weight.scales.float().flatten()
         if weight.values.is_cuda:
-            if (weight.values.device.index, _GRAPHS) not in _workspaces:
-                _make_workspace(weight.values.device, _GRAPHS)
+            _make_workspace(weight.values.device, _GRAPHS)
             # The kernel reads the weight before its predecessors in the stream have finished (programmatic dependent
             # launch), so whatever wrote the weight must have.
             torch.cuda.current_stream(weight.values.device).synchronize()
