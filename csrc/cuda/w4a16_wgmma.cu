@@ -13,8 +13,8 @@ struct Config {
     static constexpr int kGroups = kGroups_;
     static constexpr int kTokens = kTokens_;
     static constexpr int kStages = kStages_;
-    // Units of 64 rows per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2:
-    // two warpgroups of more registers, which many tokens need.
+    // Units of 64 rows per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need;
+    // 2: two warpgroups of more registers, which many tokens need.
     static constexpr int kParts = kParts_;
     static constexpr int kBlocks = kPanelBlocks;
     static constexpr int kWarps = kBlocks / kParts;
@@ -166,8 +166,8 @@ __device__ __forceinline__ void store_remote(uint32_t address, int rank, const f
         : "memory");
 }
 
-// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("pieces"),
-// in the order of the slices.
+// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles
+// ("pieces"), in the order of the slices.
 template <typename T, typename C>
 __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kParts][C::kJ][4], char* shared,
                                            const Place& place) {
@@ -230,8 +230,8 @@ struct Operand {
 
 // acc += one step of 64 rows. The group in flight that reads `operand` is the oldest of at most two.
 template <typename T, typename C>
-__device__ __forceinline__ void multiply(float (&acc)[C::kJ][4], Operand& operand, const char* packed,
-                                         uint32_t tokens, bool accumulate) {
+__device__ __forceinline__ void multiply(float (&acc)[C::kJ][4], Operand& operand, const char* packed, uint32_t tokens,
+                                         bool accumulate) {
     constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
     operand.positions = load_positions(shared_address(packed) + kCodeBytes + 8 * (threadIdx.x % 32));
     const Block<C> block(packed, threadIdx.x % 32);
@@ -244,8 +244,8 @@ __device__ __forceinline__ void multiply(float (&acc)[C::kJ][4], Operand& operan
     wgmma_commit();
 }
 
-// This warpgroup's kActive units of a tile, `steps` steps; two groups of products are in flight, either of the two units
-// or of two steps. `weights`: its row blocks of a warp in the first stage.
+// This warpgroup's kActive units of a tile, `steps` steps; two groups of products are in flight, either of the two
+// units or of two steps. `weights`: its row blocks of a warp in the first stage.
 template <typename T, typename C, int kActive>
 __device__ __forceinline__ void multiply_steps(float (&acc)[C::kParts][C::kJ][4], Ring<C>& ring, int steps,
                                                const char* weights, bool never) {
@@ -392,7 +392,8 @@ void divide_work(Params& p, int forced_slices, const W4A16Device& device) {
         const int clusters = concurrent_clusters<T, C>(slices, device);
         const int least = (units + kMost - 1) / kMost;
         const int rounds = (least * p.token_tiles + clusters - 1) / clusters;
-        // Lower tiles fill the last round. In more than two rounds that gains nothing (measured: the power is the limit).
+        // Lower tiles fill the last round. In more than two rounds that gains nothing (measured: the power is the
+        // limit).
         int row_tiles = rounds > 2 ? least : rounds * clusters / p.token_tiles;
         if (row_tiles > units) row_tiles = units;
         Params tried = p;
