@@ -9,7 +9,7 @@ find_package(CUDAToolkit REQUIRED)
 # Kernels for one architecture's own instructions, and kernels for every GPU since Ampere.
 set(HOPPER_SOURCES
     csrc/cuda/hopper_linear.cu csrc/cuda/hopper_fp8.cu csrc/cuda/hopper_int8.cu csrc/cuda/hopper_bf16.cu
-    csrc/cuda/hopper_fp16.cu csrc/cuda/quantize.cu csrc/cuda/w4a16_wgmma.cu)
+    csrc/cuda/hopper_fp16.cu csrc/cuda/quantize.cu csrc/cuda/w4a16_stream.cu csrc/cuda/w4a16_wgmma.cu)
 set(PORTABLE_SOURCES csrc/cuda/mma_linear.cu csrc/cuda/w4a16_linear.cu csrc/cuda/w4a16_mma.cu)
 
 add_library(vllm_sparse_cuda STATIC)

@@ -124,6 +124,13 @@ bool map_out(const LinearArguments& a, CUtensorMap* map) {
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Clusters that run at once, as the choice takes it. Some of the chip's groups of multiprocessors are not a multiple of
+// four: of 132 multiprocessors 31 clusters of four use 124.
+int count_clusters(int multiprocessors, int size) {
+    const int usable = size > 2 ? multiprocessors - multiprocessors / 16 : multiprocessors;
+    return std::max(1, usable / size);
+}
+
 }  // namespace
 
 int configuration_count(Element element) { return table(element).count; }
@@ -148,7 +155,7 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
         if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
         const int64_t tiles =
             int64_t(ceil_div(m, c.tokens)) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
-        const int64_t workers = std::max(1, multiprocessors / (c.cluster * c.split));
+        const int64_t workers = count_clusters(multiprocessors, c.cluster * c.split);
         const int64_t waves = (tiles + workers - 1) / workers;
         const float us = waves * (c.tile_us + c.brick_us * ceil_div(bricks, c.split));
         if (best < 0 || us < best_us) best = i, best_us = us;

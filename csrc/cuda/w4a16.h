@@ -16,14 +16,14 @@ constexpr int kW4A16Panel = 256;
 constexpr int kW4A16RowBlock = 16;
 
 enum class W4A16Kernel : int {
-    kAuto = -1,   // by the sizes and the device
-    kMma8 = 0,    // mma.sp, 128 rows x 8 tokens
-    kMma16 = 1,   // mma.sp, 256 rows x 16 tokens
-    kMma32 = 2,   // mma.sp, 256 rows x 32 tokens
-    kMma64 = 3,   // mma.sp, 128 rows x 64 tokens
-    kWgmma8 = 4,  // wgmma.sp (sm_90a), 256 rows x 8 tokens
-    kWgmma16 = 5,
-    kWgmma32 = 6,
+    kAuto = -1,     // by the sizes and the device
+    kMma8 = 0,      // mma.sp, 128 rows x 8 tokens
+    kMma16 = 1,     // mma.sp, 256 rows x 16 tokens
+    kMma32 = 2,     // mma.sp, 256 rows x 32 tokens
+    kMma64 = 3,     // mma.sp, 128 rows x 64 tokens
+    kStream8 = 4,   // mma.sp (sm_90a), 256 rows x 8 tokens, the next kernel's block beside this one's
+    kStream16 = 5,  // 16 tokens
+    kWgmma32 = 6,   // wgmma.sp (sm_90a), up to 256 rows x 32 tokens
     kWgmma64 = 7,
     kWgmma128 = 8,
 };
@@ -35,7 +35,7 @@ struct W4A16Problem {
     const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
     const void* bias;            // [n] in the activations' type, or nullptr
     void* y;                     // [m, n] in the activations' type
-    void* workspace;             // w4a16_workspace_bytes() bytes, zero before the first call; the mma.sp kernels only
+    void* workspace;             // w4a16_workspace_bytes() bytes; not for wgmma.sp
     int m, n, k;                 // n % 16 == 0, k % 32 == 0
     int group_size;              // 32, 64, 128, or -1 with channel_scale
     bool bf16;                   // activations and scales are bfloat16, else float16
@@ -50,13 +50,16 @@ struct W4A16Device {
     bool overlap;    // programmatic dependent launch (capability 90 and later)
 };
 
-// Bytes of workspace that calls which may run at the same time must not share.
+// Bytes of workspace that calls which may run at the same time must not share. Before the first call the first
+// kW4A16CounterBytes must be 0 and all others 0xff; every call leaves them so.
+constexpr int kW4A16CounterBytes = 4096;
 size_t w4a16_workspace_bytes(int sm_count);
 
 const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
 
-// The two families behind it; problem.kernel must name one of theirs.
+// The three families behind it; problem.kernel must name one of theirs.
 const char* w4a16_mma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
 const char* w4a16_wgmma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
+const char* w4a16_stream(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream);
 
 }  // namespace vllm_sparse

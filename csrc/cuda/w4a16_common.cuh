@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "hopper_ptx.cuh"
 #include "w4a16.h"
 
 namespace vllm_sparse::w4a16 {
@@ -16,10 +17,14 @@ constexpr int kStep = kW4A16Step;
 constexpr int kUnits = kStep / 32;  // one unit: 16 rows x 32 columns, the shape of one sparse MMA
 constexpr int kRowBlock = kW4A16RowBlock;
 constexpr int kPanelBlocks = kW4A16Panel / kRowBlock;
-constexpr int kCodeBytes = 512;      // per row block and step: 4 words per lane, one per unit
-constexpr int kPositionBytes = 256;  // 2 words per lane, one per pair of units
+constexpr int kUnitBlocks = 64 / kRowBlock;  // rows of one wgmma
+constexpr int kCodeBytes = 512;              // per row block and step: 4 words per lane, one per unit
+constexpr int kPositionBytes = 256;          // 2 words per lane, one per pair of units
 
-constexpr int kCounterBytes = 4096;  // at the workspace's beginning: one counter per block of the mma.sp kernels
+// The workspace: a counter per block and two parts of a tile per block, of the kernels for any GPU; two parts per block
+// of the kernels for few tokens on Hopper.
+constexpr size_t kPartBytes = kW4A16Panel * 32 * sizeof(float), kWordBytes = kW4A16Panel * 16 * sizeof(float);
+constexpr size_t words_offset(int sm_count) { return kW4A16CounterBytes + 2 * sm_count * kPartBytes; }
 
 // Bytes of 16 rows x 128 columns: codes, positions, then per row pair (g, g + 8) the scales of each group.
 template <int kGroups>
@@ -31,13 +36,22 @@ struct Params {
     const float* channel_scale;
     const void* bias;
     void* y;
-    float* partials;
+    float* partials;  // of the kernels for any GPU
+    void* words;      // of those for few tokens on Hopper
     int* counters;
     int m, n, k;
     int steps;        // steps along k
     int token_tiles;  // tiles along m; consecutive tiles share their weights through L2
     int tiles;        // row tiles * token_tiles
     int slices;       // Sliced: how many blocks (one cluster) share the steps of a tile
+    int share;        // StreamK: steps of a block; Sliced: units of a row tile
+    int longer;       // how many of them, the first ones, have one more
+};
+
+// Where a tile lies.
+struct Place {
+    int block, blocks;  // the first row block, how many
+    int token;          // the first token
 };
 
 // A block's work: for each of its tiles the steps [begin, end).
@@ -46,14 +60,15 @@ struct Params {
 // the last block to finish its part, always in block order, so that the result does not depend on timing.
 
 __device__ __forceinline__ int share_begin(int block, const Params& p) {
-    return static_cast<int>(static_cast<int64_t>(block) * p.tiles * p.steps / gridDim.x);
+    return block * p.share + min(block, p.longer);
 }
 
 __device__ __forceinline__ int share_of(int step, const Params& p) {
-    return static_cast<int>((static_cast<int64_t>(step + 1) * gridDim.x - 1) /
-                            (static_cast<int64_t>(p.tiles) * p.steps));
+    const int in_longer = p.longer * (p.share + 1);
+    return step < in_longer ? step / (p.share + 1) : p.longer + (step - in_longer) / p.share;
 }
 
+template <int kBlocks, int kTokens>
 struct StreamK {
     int tile, begin, end, left;
 
@@ -71,10 +86,15 @@ struct StreamK {
         begin = 0;
         end = min(p.steps, left);
     }
+    __device__ __forceinline__ Place place(const Params& p) const {
+        const int row_tile = tile / p.token_tiles, block = row_tile * kBlocks;
+        return {block, min(kBlocks, p.n / kRowBlock - block), (tile - row_tile * p.token_tiles) * kTokens};
+    }
 };
 
-// Sliced: the blocks of a cluster share a tile, each a slice of its steps, and add up through each other's shared
-// memory.
+// Sliced: row tiles are of one or two heights, so that all rounds are full: the first ones have one unit of kUnit row
+// blocks more. They need not be the rows of one panel. The blocks of a cluster share a tile, each a slice of its steps.
+template <int kTokens, int kUnit>
 struct Sliced {
     int tile, begin, end;
 
@@ -86,35 +106,28 @@ struct Sliced {
     }
     __device__ __forceinline__ bool valid(const Params& p) const { return tile < p.tiles; }
     __device__ __forceinline__ void next(const Params& p) { tile += gridDim.x / p.slices; }
+    __device__ __forceinline__ Place place(const Params& p) const {
+        const int row_tile = tile / p.token_tiles, block = share_begin(row_tile, p) * kUnit;
+        const int blocks = share_begin(row_tile + 1, p) * kUnit - block;
+        return {block, min(blocks, p.n / kRowBlock - block), (tile - row_tile * p.token_tiles) * kTokens};
+    }
 };
 
-// Follows the packed weights and the tokens of consecutive steps of one tile.
-template <int kGroups, int kBlocks, int kTokens>
+// Follows the packed weights of consecutive steps of `blocks` row blocks of one panel.
+template <int kGroups>
 struct Walk {
-    const uint8_t*
-        weight;  // kBlocks row blocks (fewer at the last rows) of this step: contiguous, since panels hold whole tiles
+    const uint8_t* weight;
     int64_t stride;  // bytes to the next step's
     int bytes;
-    int column;  // first column
-    int token;   // first token
 
-    __device__ __forceinline__ Walk(const Params& p, int tile, int step) {
-        const int row_tile = tile / p.token_tiles;
-        const int total = p.n / kRowBlock, first = row_tile * kBlocks;
-        const int panel = first / kPanelBlocks * kPanelBlocks;
-        const int panel_blocks = min(kPanelBlocks, total - panel);
-        const int64_t block =
-            static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step) * panel_blocks + (first - panel);
-        weight = p.weight + block * kBlockBytes<kGroups>;
+    __device__ __forceinline__ Walk(const Params& p, int block, int blocks, int step) {
+        const int panel = block / kPanelBlocks * kPanelBlocks,
+                  panel_blocks = min(kPanelBlocks, p.n / kRowBlock - panel);
+        const int64_t at =
+            static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step) * panel_blocks + (block - panel);
+        weight = p.weight + at * kBlockBytes<kGroups>;
         stride = static_cast<int64_t>(panel_blocks) * kBlockBytes<kGroups>;
-        bytes = min(kBlocks, total - first) * kBlockBytes<kGroups>;
-        column = step * kStep;
-        token = (tile - row_tile * p.token_tiles) * kTokens;
-    }
-
-    __device__ __forceinline__ void next() {
-        weight += stride;
-        column += kStep;
+        bytes = blocks * kBlockBytes<kGroups>;
     }
 };
 
@@ -188,9 +201,7 @@ __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 // ---- synchronisation and copies
 // --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+using ptx::shared_address;
 
 // Dynamic shared memory from its first multiple of 1024 bytes, which the tokens' swizzle wants.
 __device__ __forceinline__ char* align_shared(char* shared) { return shared + (-shared_address(shared) & 1023); }
@@ -200,7 +211,7 @@ __device__ __forceinline__ void consumer_barrier() {
     asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
-constexpr int kProducers = 3;  // threads that copy, on sm_90 and later
+constexpr int kProducers = 3;  // warps of which one thread copies, on sm_90 and later; one more where tiles span panels
 
 // The shared memory of a block: kStages token tiles, kStages weight slices, the barriers, one word for finish_tile.
 template <int kTokenBytes_, int kWeightBytes_, int kStages_>
@@ -214,47 +225,6 @@ struct Shared {
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-__device__ __forceinline__ uint64_t evict_first() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ uint64_t evict_last() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t barrier, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-        : "memory");
-}
-
 __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int column, int token,
                                             uint32_t barrier, uint64_t policy) {
     asm volatile(
@@ -265,49 +235,73 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map,
         : "memory");
 }
 
-// Programmatic dependent launch: the next kernel may start (its weights do not depend on us); wait for the previous
-// one.
-__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 template <typename S>
 __device__ __forceinline__ void init_barriers(uint32_t shared, int consumer_warps) {
     for (int stage = 0; stage < S::kStages; ++stage) {
-        barrier_init(shared + S::kFull + 8 * stage, 1);
-        barrier_init(shared + S::kEmpty + 8 * stage, consumer_warps);
+        ptx::barrier_init(shared + S::kFull + 8 * stage, 1);
+        ptx::barrier_init(shared + S::kEmpty + 8 * stage, consumer_warps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    ptx::barrier_init_fence();
 }
 
-// Copy what the block's work needs, as stages become free: producer 0 the weights, 1 and 2 the halves of the tokens,
-// since one thread issuing all three is slower than the memory. `after_tile` runs when a tile's copies are issued.
-// Weights do not depend on the previous kernel, so the first of them are asked for before waiting for it.
-template <typename S, typename Work, int kGroups, int kBlocks, int kTokens, typename AfterTile>
-__device__ __forceinline__ void produce(const Params& p, const CUtensorMap* token_map, uint32_t shared, int producer,
-                                        AfterTile after_tile) {
-    const uint64_t policy = producer > 0 || p.token_tiles > 1 ? evict_last() : evict_first();
-    if (producer > 0) {
-        asm volatile("prefetch.tensormap [%0];" ::"l"(token_map) : "memory");
-        wait_for_previous();
-    }
-    const int half = producer - 1;
+// Copy what the block's work needs, as stages become free: producer 0 the weights, 1 and 2 the halves of the tokens, 3
+// the weights of a tile's rows that lie in the next panel, since one thread issuing all of it is slower than the
+// memory. `after_tile` runs when a tile's copies are issued. Weights do not depend on the previous kernel, so the first
+// of them are asked for before waiting for it.
+template <typename S, typename Work, int kGroups, typename AfterTile>
+__device__ __forceinline__ void produce_weights(const Params& p, uint32_t shared, bool next_panel,
+                                                AfterTile after_tile) {
+    const uint64_t policy = p.token_tiles > 1 ? ptx::policy_evict_last() : ptx::policy_evict_first();
     int stage = 0;
     uint32_t parity = 1;  // nobody waits for a stage's first use
     for (Work work(p); work.valid(p); work.next(p)) {
-        Walk<kGroups, kBlocks, kTokens> walk(p, work.tile, work.begin);
-        for (int step = work.begin; step < work.end; ++step, walk.next()) {
-            barrier_wait(shared + S::kEmpty + 8 * stage, parity);
+        const Place place = work.place(p);
+        const int upper = min(place.blocks, kPanelBlocks - place.block % kPanelBlocks), lower = place.blocks - upper;
+        const int skip = next_panel ? upper : 0;
+        Walk<kGroups> walk(p, place.block + skip, next_panel ? lower : upper, work.begin);
+        for (int step = work.begin; step < work.end; ++step, walk.weight += walk.stride) {
+            ptx::barrier_wait(shared + S::kEmpty + 8 * stage, parity);
             const uint32_t full = shared + S::kFull + 8 * stage;
-            if (producer == 0) {
-                barrier_expect(full, walk.bytes + S::kTokenBytes);
-                bulk_copy(shared + S::kWeights + stage * S::kWeightBytes, walk.weight, walk.bytes, full, policy);
-            } else {
-                tensor_copy(shared + stage * S::kTokenBytes + half * (S::kTokenBytes / 2), token_map,
-                            walk.column + half * (kStep / 2), walk.token, full, policy);
+            const uint32_t to = shared + S::kWeights + stage * S::kWeightBytes + skip * kBlockBytes<kGroups>;
+            if (!next_panel) {
+                ptx::barrier_arrive_expect(full, place.blocks * kBlockBytes<kGroups> + S::kTokenBytes);
+                ptx::copy_bulk(to, walk.weight, walk.bytes, full, policy);
+            } else if (walk.bytes > 0) {
+                ptx::copy_bulk(to, walk.weight, walk.bytes, full, policy);
             }
             if (++stage == S::kStages) stage = 0, parity ^= 1;
         }
         after_tile();
+    }
+}
+
+template <typename S, typename Work, typename AfterTile>
+__device__ __forceinline__ void produce_tokens(const Params& p, const CUtensorMap* token_map, uint32_t shared, int half,
+                                               AfterTile after_tile) {
+    const uint64_t policy = ptx::policy_evict_last();
+    ptx::prefetch_map(token_map);
+    ptx::wait_for_dependencies();
+    int stage = 0;
+    uint32_t parity = 1;
+    for (Work work(p); work.valid(p); work.next(p)) {
+        const Place place = work.place(p);
+        for (int step = work.begin; step < work.end; ++step) {
+            ptx::barrier_wait(shared + S::kEmpty + 8 * stage, parity);
+            tensor_copy(shared + stage * S::kTokenBytes + half * (S::kTokenBytes / 2), token_map,
+                        step * kStep + half * (kStep / 2), place.token, shared + S::kFull + 8 * stage, policy);
+            if (++stage == S::kStages) stage = 0, parity ^= 1;
+        }
+        after_tile();
+    }
+}
+
+template <typename S, typename Work, int kGroups, typename AfterTile>
+__device__ __forceinline__ void produce(const Params& p, const CUtensorMap* token_map, uint32_t shared, int producer,
+                                        AfterTile after_tile) {
+    if (producer == 0 || producer == 3) {
+        produce_weights<S, Work, kGroups>(p, shared, producer == 3, after_tile);
+    } else {
+        produce_tokens<S, Work>(p, token_map, shared, producer - 1, after_tile);
     }
 }
 #endif
@@ -358,12 +352,12 @@ __device__ __forceinline__ float2 load_bias(const Params& p, int row) {
 }
 
 template <typename T, int kI, int kJ>
-__device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], int block0, Rows rows,
-                                           int token0) {
+__device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], const Place& place, Rows rows) {
+    const int token0 = place.token;
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
-        const int row = (block0 + rows.first + i * rows.stride) * kRowBlock;
-        if (row >= p.n) continue;
+        const int block = rows.first + i * rows.stride, row = (place.block + block) * kRowBlock;
+        if (block >= place.blocks) continue;
         const float2 scale = load_channel_scale(p, row), bias = load_bias<T>(p, row);
 #pragma unroll
         for (int j = 0; j < kJ; ++j) {
@@ -377,11 +371,12 @@ __device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ]
 // block of the tile add the parts up. kThreads threads take part, `thread` numbers them, `last` is a shared word.
 template <typename T, int kThreads, int kI, int kJ>
 __device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ][4], int tile, int begin, int end,
-                                            int block0, Rows rows, int token0, int thread, int* last) {
+                                            const Place& place, Rows rows, int thread, int* last) {
     if (begin == 0 && end == p.steps) {
-        store_tile<T>(p, acc, block0, rows, token0);
+        store_tile<T>(p, acc, place, rows);
         return;
     }
+    const int token0 = place.token;
     constexpr int kSlot = kI * kJ * kThreads;  // float4 per part
     const int first = share_of(tile * p.steps, p), final = share_of((tile + 1) * p.steps - 1, p);
     // A block leaves at most two parts: number 0 of a tile begun before its share, number 1 of a tile that ends after
@@ -431,7 +426,7 @@ __device__ __forceinline__ void finish_tile(const Params& p, float (&acc)[kI][kJ
             }
         }
     }
-    store_tile<T>(p, acc, block0, rows, token0);
+    store_tile<T>(p, acc, place, rows);
 }
 
 // ---- host
@@ -445,7 +440,8 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.bias = problem.bias;
     p.y = problem.y;
     p.counters = static_cast<int*>(problem.workspace);
-    p.partials = reinterpret_cast<float*>(static_cast<char*>(problem.workspace) + kCounterBytes);
+    p.partials = reinterpret_cast<float*>(static_cast<char*>(problem.workspace) + kW4A16CounterBytes);
+    p.words = nullptr;
     p.m = problem.m, p.n = problem.n, p.k = problem.k;
     p.steps = (problem.k + kStep - 1) / kStep;
     p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;
@@ -453,6 +449,9 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.slices = 1;
     return p;
 }
+
+// Divide `total` steps among blocks or units among row tiles.
+inline void divide(Params& p, int total, int parts) { p.share = total / parts, p.longer = total % parts; }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
@@ -520,6 +519,29 @@ inline const char* launch(const Launch& how, Params p, const W4A16Problem& probl
     void* arguments[] = {&p, &token_map};
     error = cudaLaunchKernelExC(&config, how.kernel, arguments);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Family::run<T, kGroups> for the problem's type and group size.
+template <typename Family, typename T>
+const char* dispatch(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    switch (problem.group_size) {
+        case -1:
+            return Family::template run<T, 0>(problem, device, stream);
+        case 128:
+            return Family::template run<T, 1>(problem, device, stream);
+        case 64:
+            return Family::template run<T, 2>(problem, device, stream);
+        case 32:
+            return Family::template run<T, 4>(problem, device, stream);
+        default:
+            return "w4a16: group size must be 32, 64, 128 or -1";
+    }
+}
+
+template <typename Family>
+const char* dispatch(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    return problem.bf16 ? dispatch<Family, __nv_bfloat16>(problem, device, stream)
+                        : dispatch<Family, __half>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse::w4a16

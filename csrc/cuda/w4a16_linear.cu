@@ -1,7 +1,7 @@
 // Which W4A16 kernel runs, as data.
 #include <climits>
 
-#include "w4a16.h"
+#include "w4a16_common.cuh"
 
 namespace vllm_sparse {
 namespace {
@@ -13,8 +13,8 @@ struct Choice {
 
 // Measured on an H200 (docs/kernels-w4a16.md): the smallest tile that holds all tokens, since padding costs tensor time
 // and shared memory; from 65 tokens on, 128 tokens a tile halve the dequantizing per product.
-constexpr Choice kHopper[] = {{8, W4A16Kernel::kWgmma8},
-                              {16, W4A16Kernel::kWgmma16},
+constexpr Choice kHopper[] = {{8, W4A16Kernel::kStream8},
+                              {16, W4A16Kernel::kStream16},
                               {32, W4A16Kernel::kWgmma32},
                               {64, W4A16Kernel::kWgmma64},
                               {INT_MAX, W4A16Kernel::kWgmma128}};
@@ -47,10 +47,7 @@ class DeviceGuard {
 
 }  // namespace
 
-size_t w4a16_workspace_bytes(int sm_count) {
-    constexpr size_t kCounterBytes = 4096, kLargestTile = 256 * 32 * sizeof(float);
-    return kCounterBytes + 2 * sm_count * kLargestTile;
-}
+size_t w4a16_workspace_bytes(int sm_count) { return w4a16::words_offset(sm_count) + 2 * sm_count * w4a16::kWordBytes; }
 
 const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
     if (problem.m == 0) return nullptr;
@@ -63,8 +60,9 @@ const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device,
     if (chosen.kernel == W4A16Kernel::kAuto) {
         chosen.kernel = device.capability == 90 ? choose(kHopper, problem.m) : choose(kPortable, problem.m);
     }
-    if (chosen.kernel >= W4A16Kernel::kWgmma8) return w4a16_wgmma(chosen, device, stream);
+    if (chosen.kernel >= W4A16Kernel::kWgmma32) return w4a16_wgmma(chosen, device, stream);
     if (problem.workspace == nullptr) return "w4a16: the mma.sp kernels need a workspace";
+    if (chosen.kernel >= W4A16Kernel::kStream8) return w4a16_stream(chosen, device, stream);
     return w4a16_mma(chosen, device, stream);
 }
 

@@ -21,6 +21,7 @@ struct Config {
     static constexpr int kFit = 96 * 1024 / (kTokenBytes + kWeightBytes);
     static constexpr int kStages = kFit < 12 ? kFit : 12;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
+    using Work = StreamK<kBlocks, kTokens>;
     static_assert(kStages >= 2);
 };
 
@@ -115,7 +116,7 @@ template <typename T, typename C, typename Ready, typename Release>
 __device__ __forceinline__ void consume(const Params& p, char* shared, Ready ready, Release release) {
     float acc[C::kI][C::kJ][4];
     int index = 0, stage = 0;
-    for (StreamK work(p); work.valid(p); work.next(p)) {
+    for (typename C::Work work(p); work.valid(p); work.next(p)) {
 #pragma unroll
         for (int i = 0; i < C::kI; ++i) {
 #pragma unroll
@@ -129,10 +130,9 @@ __device__ __forceinline__ void consume(const Params& p, char* shared, Ready rea
             release(index, stage);
             stage = stage + 1 == C::kStages ? 0 : stage + 1;
         }
-        const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
         const Rows rows{static_cast<int>(threadIdx.x) / 32 * C::kI, 1};
-        finish_tile<T, C::kThreads>(p, acc, work.tile, work.begin, work.end, row_tile * C::kBlocks, rows, token0,
-                                    threadIdx.x, reinterpret_cast<int*>(shared + C::Memory::kLast));
+        finish_tile<T, C::kThreads>(p, acc, work.tile, work.begin, work.end, work.place(p), rows, threadIdx.x,
+                                    reinterpret_cast<int*>(shared + C::Memory::kLast));
     }
 }
 
@@ -145,22 +145,21 @@ __global__ __launch_bounds__(C::kThreads +
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
     const uint32_t address = shared_address(shared);
-    let_next_start();
+    ptx::launch_dependents();
     if (threadIdx.x == C::kThreads) init_barriers<S>(address, C::kWarps);
     __syncthreads();
     if (threadIdx.x >= C::kThreads) {
         if (threadIdx.x % 32 == 0) {
-            produce<S, StreamK, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address,
-                                                                    (threadIdx.x - C::kThreads) / 32, [] {});
+            produce<S, typename C::Work, C::kGroups>(p, &token_map, address, (threadIdx.x - C::kThreads) / 32, [] {});
         }
         return;
     }
     uint32_t parity = 0;
     consume<T, C>(
-        p, shared, [&](int, int stage) { barrier_wait(address + S::kFull + 8 * stage, parity); },
+        p, shared, [&](int, int stage) { ptx::barrier_wait(address + S::kFull + 8 * stage, parity); },
         [&](int, int stage) {
             __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(address + S::kEmpty + 8 * stage);
+            if (threadIdx.x % 32 == 0) ptx::barrier_arrive(address + S::kEmpty + 8 * stage);
             if (stage + 1 == C::kStages) parity ^= 1;
         });
 }
@@ -175,26 +174,28 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_mma_kernel(const __grid_
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
     const uint32_t address = shared_address(shared);
-    StreamK work(p);
-    Walk<C::kGroups, C::kBlocks, C::kTokens> walk(p, work.tile, work.begin);
+    typename C::Work work(p);
+    Place place = work.place(p);
+    Walk<C::kGroups> walk(p, place.block, place.blocks, work.begin);
     int step = work.begin;
     const auto fetch = [&](int stage) {
         if (work.valid(p)) {
             const uint32_t weights = address + C::Memory::kWeights + stage * C::kWeightBytes;
             for (int i = 16 * threadIdx.x; i < walk.bytes; i += 16 * C::kThreads) copy_16(weights + i, walk.weight + i);
-            const int pieces = min(kStep, p.k - walk.column) / 8, tokens = min(C::kTokens, p.m - walk.token);
+            const int pieces = min(kStep, p.k - step * kStep) / 8, tokens = min(C::kTokens, p.m - place.token);
             for (int i = threadIdx.x; i < tokens * (kStep / 8); i += C::kThreads) {
                 const int token = i / (kStep / 8), piece = i % (kStep / 8);
                 const uint32_t to = piece / 8 * (C::kTokenBytes / 2) + token * 128 + ((piece ^ token) % 8) * 16;
                 const uint8_t* from =
-                    p.x + 2 * (static_cast<int64_t>(walk.token + token) * p.k + walk.column + 8 * piece);
+                    p.x + 2 * (static_cast<int64_t>(place.token + token) * p.k + step * kStep + 8 * piece);
                 if (piece < pieces) copy_16(address + stage * C::kTokenBytes + to, from);
             }
-            walk.next();
+            walk.weight += walk.stride;
             if (++step == work.end) {
                 work.next(p);
+                place = work.place(p);
                 step = work.begin;
-                walk = {p, work.tile, work.begin};
+                walk = {p, place.block, place.blocks, work.begin};
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
@@ -213,7 +214,7 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_mma_kernel(const __grid_
 
 template <typename T, typename C>
 const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    const Params p = make_params(problem, C::kBlocks * kRowBlock, C::kTokens);
+    Params p = make_params(problem, C::kBlocks * kRowBlock, C::kTokens);
     const int64_t steps = static_cast<int64_t>(p.tiles) * p.steps;
     Launch how;
     how.kernel = reinterpret_cast<const void*>(w4a16_mma_kernel<T, C>);
@@ -221,41 +222,29 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     how.shared_bytes = C::Memory::kBytes;
     how.blocks = static_cast<int>(steps < device.sm_count ? steps : device.sm_count);
     how.cluster = 1;
+    divide(p, p.tiles * p.steps, how.blocks);
     return launch(how, p, problem, device, C::kTokens, stream);
 }
 
-template <typename T, int kGroups>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.kernel) {
-        case W4A16Kernel::kMma8:
-            return run<T, Config<kGroups, 1, 1, 8>>(problem, device, stream);
-        case W4A16Kernel::kMma16:
-            return run<T, Config<kGroups, 2, 2, 8>>(problem, device, stream);
-        case W4A16Kernel::kMma32:
-            return run<T, Config<kGroups, 2, 4, 8>>(problem, device, stream);
-        case W4A16Kernel::kMma64:
-            // With four groups a step, twice the row blocks per warp do not fit the registers.
-            return run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device, stream);
-        default:
-            return "w4a16_mma: not a kernel of this file";
+struct Mma {
+    template <typename T, int kGroups>
+    static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+        switch (problem.kernel) {
+            case W4A16Kernel::kMma8:
+                return w4a16::run<T, Config<kGroups, 1, 1, 8>>(problem, device, stream);
+            case W4A16Kernel::kMma16:
+                return w4a16::run<T, Config<kGroups, 2, 2, 8>>(problem, device, stream);
+            case W4A16Kernel::kMma32:
+                return w4a16::run<T, Config<kGroups, 2, 4, 8>>(problem, device, stream);
+            case W4A16Kernel::kMma64:
+                // With four groups a step, twice the row blocks per warp do not fit the registers.
+                return w4a16::run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device,
+                                                                                                     stream);
+            default:
+                return "w4a16_mma: not a kernel of this file";
+        }
     }
-}
-
-template <typename T>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.group_size) {
-        case -1:
-            return choose<T, 0>(problem, device, stream);
-        case 128:
-            return choose<T, 1>(problem, device, stream);
-        case 64:
-            return choose<T, 2>(problem, device, stream);
-        case 32:
-            return choose<T, 4>(problem, device, stream);
-        default:
-            return "w4a16_mma: group size must be 32, 64, 128 or -1";
-    }
-}
+};
 
 }  // namespace
 }  // namespace vllm_sparse::w4a16
@@ -263,8 +252,7 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
 namespace vllm_sparse {
 
 const char* w4a16_mma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, device, stream)
-                        : w4a16::choose<__half>(problem, device, stream);
+    return w4a16::dispatch<w4a16::Mma>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse

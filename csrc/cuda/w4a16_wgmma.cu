@@ -1,6 +1,6 @@
 // W4A16 2:4 sparse linear on Hopper's wgmma.sp (sm_90a): the sparse weights are dequantized in registers, the tokens
-// come from shared memory. Two consumer warpgroups of 128 rows each; while the tensor cores work on one 64-row half of
-// a warpgroup's step, the warpgroup dequantizes the other.
+// come from shared memory. A tile has up to 256 rows, dealt out to the consumer warpgroups in units of 64; while the
+// tensor cores work on one unit or step of a warpgroup, the warpgroup dequantizes the next.
 #include "w4a16_common.cuh"
 
 namespace vllm_sparse::w4a16 {
@@ -8,41 +8,40 @@ namespace {
 
 constexpr int kMaxSlices = 8;  // the largest portable cluster
 
-template <int kGroups_, int kTokens_, int kStages_, int kHalves_>
+template <int kGroups_, int kTokens_, int kStages_, int kParts_>
 struct Config {
     static constexpr int kGroups = kGroups_;
     static constexpr int kTokens = kTokens_;
     static constexpr int kStages = kStages_;
-    // 64-row halves per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2:
-    // two warpgroups of more registers, which many tokens need, each dequantizing one half while the other is
-    // multiplied.
-    static constexpr int kHalves = kHalves_;
+    // Units of 64 rows per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need;
+    // 2: two warpgroups of more registers, which many tokens need.
+    static constexpr int kParts = kParts_;
     static constexpr int kBlocks = kPanelBlocks;
-    static constexpr int kWarps = kBlocks / kHalves;
+    static constexpr int kWarps = kBlocks / kParts;
+    static constexpr int kWarpgroups = kWarps / 4;
     static constexpr int kConsumers = 32 * kWarps;
     static constexpr int kThreads =
         kConsumers + 128;  // a whole warpgroup copies, so that its registers can go to the consumers
-    static constexpr int kRegisters = kHalves == 1 ? 112 : 240;
+    static constexpr int kRegisters = kParts == 1 ? 112 : 240;
+    static constexpr int kCopyRegisters = kParts == 1 ? 32 : 24;
     static constexpr int kTokenBytes = 2 * kTokens * kStep;  // two halves of 64 columns, rows of 128 swizzled bytes
     static constexpr int kWeightBytes = kBlocks * kBlockBytes<kGroups>;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
-
-    // Scale the sums of a step instead of its weights, where a step is one group and the sums are few.
-    static constexpr bool kScaleSums = kGroups == 1 && kTokens <= 16;
+    using Work = Sliced<kTokens, kUnitBlocks>;
 
     // The other blocks of the cluster leave their sums here: 512 bytes per MMA tile of 16 rows x 8 tokens.
     static constexpr int kJ = kTokens / 8;
-    static constexpr int kUnits = kHalves * kJ * kWarps;
-    static constexpr int kSumBytes = (kUnits + kMaxSlices) * 512;
+    static constexpr int kPieces = kBlocks * kJ;
+    static constexpr int kSumBytes = (kPieces + kMaxSlices) * 512;
     static constexpr bool kSumsInStages = kTokens > 64;  // too large to stand beside the stages
     static constexpr int kSums = kSumsInStages ? 0 : (Memory::kLast + 16 + 127) / 128 * 128;
     static constexpr int kSharedBytes = kSumsInStages ? Memory::kBytes : kSums + kSumBytes + 1024;
     static_assert(!kSumsInStages || kSumBytes <= Memory::kFull);
     static_assert(kSharedBytes <= 227 * 1024);
 
-    // Estimates that choose the number of slices, in nanoseconds: one step, adding up a tile's slices.
-    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : 650;
-    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : 3500;
+    // Estimates that choose slices and rows, in nanoseconds: one step of 256 rows, adding up a tile's slices.
+    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : 800;
+    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : 6000;
 };
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -61,7 +60,6 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 }
 
 #define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define D8(j) D4(j), D4(j + 1)
 #define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
 #define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                 \
     asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P                 \
@@ -73,16 +71,12 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
                  : outputs                                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),   \
                    "r"(accumulate))
-#define REGISTERS_4 "%0, %1, %2, %3"
-#define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
 #define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define REGISTERS_64                                                                   \
     REGISTERS_32                                                                       \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_8(type) WGMMA("8", type, REGISTERS_4, D4(0), "{%4, %5, %6, %7}", 8, 9, 10, 11)
-#define WGMMA_16(type) WGMMA("16", type, REGISTERS_8, D8(0), "{%8, %9, %10, %11}", 12, 13, 14, 15)
 #define WGMMA_32(type) WGMMA("32", type, REGISTERS_16, D16(0), "{%16, %17, %18, %19}", 20, 21, 22, 23)
 #define WGMMA_64(type) WGMMA("64", type, REGISTERS_32, D16(0) COMMA D16(4), "{%32, %33, %34, %35}", 36, 37, 38, 39)
 #define WGMMA_128(type)                                                                                              \
@@ -95,11 +89,7 @@ template <typename T, int kSelector, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4], uint32_t tokens, uint32_t positions,
                                       int accumulate) {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-    static_assert(kJ == 1 || kJ == 2 || kJ == 4 || kJ == 8 || kJ == 16);
-    if constexpr (kJ == 1 && kBf16) WGMMA_8("bf16");
-    if constexpr (kJ == 1 && !kBf16) WGMMA_8("f16");
-    if constexpr (kJ == 2 && kBf16) WGMMA_16("bf16");
-    if constexpr (kJ == 2 && !kBf16) WGMMA_16("f16");
+    static_assert(kJ == 4 || kJ == 8 || kJ == 16);
     if constexpr (kJ == 4 && kBf16) WGMMA_32("bf16");
     if constexpr (kJ == 4 && !kBf16) WGMMA_32("f16");
     if constexpr (kJ == 8 && kBf16) WGMMA_64("bf16");
@@ -147,7 +137,7 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
         decode(words[unit], a[unit], T());
-        if constexpr (C::kGroups > 0 && !C::kScaleSums) {
+        if constexpr (C::kGroups > 0) {
             using Two = typename Pair<T>::type;
             const uint32_t both = block.scales[unit * C::kGroups / kUnits];
             const Two low = bit_cast<Two>(__byte_perm(both, 0, 0x1010)),
@@ -157,17 +147,6 @@ __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block
                 a[unit][r] = bit_cast<uint32_t>(__hmul2(bit_cast<Two>(a[unit][r]), r % 2 == 0 ? low : high));
             }
         }
-    }
-}
-
-// sum += scale * part
-template <typename T, int kJ>
-__device__ __forceinline__ void add_scaled(float (&sum)[kJ][4], const float (&part)[kJ][4], uint32_t scales) {
-    const float2 scale = unpack(scales, T());
-#pragma unroll
-    for (int j = 0; j < kJ; ++j) {
-        sum[j][0] += scale.x * part[j][0], sum[j][1] += scale.x * part[j][1];
-        sum[j][2] += scale.y * part[j][2], sum[j][3] += scale.y * part[j][3];
     }
 }
 
@@ -187,42 +166,134 @@ __device__ __forceinline__ void store_remote(uint32_t address, int rank, const f
         : "memory");
 }
 
-// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("units"),
-// in the order of the slices.
+// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles
+// ("pieces"), in the order of the slices.
 template <typename T, typename C>
-__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kHalves][C::kJ][4], char* shared,
-                                           int row_tile, int token0) {
+__device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kParts][C::kJ][4], char* shared,
+                                           const Place& place) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % p.slices;
-    const int share = (C::kUnits + p.slices - 1) / p.slices, reciprocal = 65536 / share + 1;
-    const int tokens = p.m - token0;
+    const int share = (C::kPieces + p.slices - 1) / p.slices, reciprocal = 65536 / share + 1;
+    const int tokens = p.m - place.token;
     char* sums = shared + C::kSums;
     cluster_barrier();  // every block is done with the memory that the sums go to
 #pragma unroll
-    for (int i = 0; i < C::kHalves; ++i) {
+    for (int i = 0; i < C::kParts; ++i) {
+        if (i * C::kWarps + warp >= place.blocks) continue;
 #pragma unroll
         for (int j = 0; j < C::kJ; ++j) {
-            const int unit = (i * C::kJ + j) * C::kWarps + warp, to = unit * reciprocal >> 16;
-            const uint32_t address = shared_address(sums) + ((rank * share + unit - to * share) * 32 + lane) * 16;
+            const int piece = (i * C::kJ + j) * C::kWarps + warp, to = piece * reciprocal >> 16;
+            const uint32_t address = shared_address(sums) + ((rank * share + piece - to * share) * 32 + lane) * 16;
             if (8 * j < tokens) store_remote(address, to, acc[i][j]);
         }
     }
     cluster_barrier();
-    for (int local = warp; local < share && rank * share + local < C::kUnits; local += C::kWarps) {
-        const int unit = rank * share + local, tile = unit / C::kWarps, i = tile / C::kJ, j = tile % C::kJ,
-                  owner = unit % C::kWarps;
-        const int row = (row_tile * C::kBlocks + owner / 4 * 4 * C::kHalves + owner % 4 + 4 * i) * kRowBlock;
-        if (8 * j >= tokens || row >= p.n) continue;
+    for (int local = warp; local < share && rank * share + local < C::kPieces; local += C::kWarps) {
+        const int piece = rank * share + local, column = piece / C::kWarps, i = column / C::kJ, j = column % C::kJ;
+        const int block = i * C::kWarps + piece % C::kWarps, row = (place.block + block) * kRowBlock;
+        if (8 * j >= tokens || block >= place.blocks) continue;
         float c[4] = {};
         for (int slice = 0; slice < p.slices; ++slice) {
             const float4 part = reinterpret_cast<const float4*>(sums)[(slice * share + local) * 32 + lane];
             c[0] += part.x, c[1] += part.y, c[2] += part.z, c[3] += part.w;
         }
-        store_unit<T>(p, c, row, token0 + 8 * j, load_channel_scale(p, row), load_bias<T>(p, row));
+        store_unit<T>(p, c, row, place.token + 8 * j, load_channel_scale(p, row), load_bias<T>(p, row));
     }
     if constexpr (C::kSumsInStages) {
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        ptx::copy_engine_fence();
         cluster_barrier();  // the stages may be filled again
     }
+}
+
+// A consumer warpgroup's view of the ring of stages.
+template <typename C>
+struct Ring {
+    using S = typename C::Memory;
+    uint32_t address, parity = 0;
+    int stage = 0;
+
+    __device__ __forceinline__ void wait() const { ptx::barrier_wait(address + S::kFull + 8 * stage, parity); }
+    __device__ __forceinline__ void release(int used) const {
+        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(address + S::kEmpty + 8 * used);
+    }
+    __device__ __forceinline__ int next() {
+        const int used = stage;
+        if (++stage == C::kStages) stage = 0, parity ^= 1;
+        return used;
+    }
+};
+
+// The registers that a group of products in flight reads.
+struct Operand {
+    uint32_t a[kUnits][4];
+    uint2 positions;
+};
+
+// acc += one step of 64 rows. The group in flight that reads `operand` is the oldest of at most two.
+template <typename T, typename C>
+__device__ __forceinline__ void multiply(float (&acc)[C::kJ][4], Operand& operand, const char* packed, uint32_t tokens,
+                                         bool accumulate) {
+    constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
+    operand.positions = load_positions(shared_address(packed) + kCodeBytes + 8 * (threadIdx.x % 32));
+    const Block<C> block(packed, threadIdx.x % 32);
+    dequantize<T, C>(operand.a, block);
+    wgmma_fence();
+    wgmma<T, 0>(acc, operand.a[0], tokens, operand.positions.x, accumulate);
+    wgmma<T, 1>(acc, operand.a[1], tokens + 4, operand.positions.x, 1);
+    wgmma<T, 0>(acc, operand.a[2], tokens + kHalf, operand.positions.y, 1);
+    wgmma<T, 1>(acc, operand.a[3], tokens + kHalf + 4, operand.positions.y, 1);
+    wgmma_commit();
+}
+
+// This warpgroup's kActive units of a tile, `steps` steps; two groups of products are in flight, either of the two
+// units or of two steps. `weights`: its row blocks of a warp in the first stage.
+template <typename T, typename C, int kActive>
+__device__ __forceinline__ void multiply_steps(float (&acc)[C::kParts][C::kJ][4], Ring<C>& ring, int steps,
+                                               const char* weights, bool never) {
+    constexpr int kPartBytes = C::kWarps * kBlockBytes<C::kGroups>;
+    Operand operand[2] = {};
+    int held = -1;  // the stage that the last group in flight reads
+    const auto tokens = [&] { return token_descriptor(ring.address + ring.stage * C::kTokenBytes); };
+    if constexpr (kActive == 2) {
+        for (int step = 0; step < steps; ++step) {
+            ring.wait();
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                wgmma_wait<1>();
+                keep(operand[part].positions, never, ring.address);
+                if (part == 1 && held >= 0) ring.release(held);
+                pin(acc[part]);
+                multiply<T, C>(acc[part], operand[part], weights + ring.stage * C::kWeightBytes + part * kPartBytes,
+                               tokens(), step > 0);
+                pin(acc[part]);
+            }
+            held = ring.next();
+        }
+    } else {
+        int before = -1;  // the stage that the group before it reads
+        const auto one = [&](Operand& mine, bool accumulate) {
+            ring.wait();
+            wgmma_wait<1>();
+            keep(mine.positions, never, ring.address);
+            if (before >= 0) ring.release(before);
+            multiply<T, C>(acc[0], mine, weights + ring.stage * C::kWeightBytes, tokens(), accumulate);
+            before = held;
+            held = ring.next();
+        };
+        int step = 0;
+        for (; step + 1 < steps; step += 2) {
+            one(operand[0], step > 0);
+            one(operand[1], true);
+        }
+        if (step < steps) one(operand[0], step > 0);
+        wgmma_wait<0>();
+        if (before >= 0) ring.release(before);
+    }
+    wgmma_wait<0>();
+    keep(operand[0].positions, never, ring.address);
+    keep(operand[1].positions, never, ring.address);
+    if (held >= 0) ring.release(held);
+#pragma unroll
+    for (int part = 0; part < kActive; ++part) pin(acc[part]);
 }
 
 template <typename T, typename C>
@@ -232,15 +303,15 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
     char* shared = align_shared(unaligned);
     using S = typename C::Memory;
     const uint32_t address = shared_address(shared);
-    if (p.token_tiles == 1) let_next_start();  // with many tokens it would take room from our own blocks
+    ptx::launch_dependents();  // all blocks of this grid run already: it is no larger than the device
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     if (warp >= C::kWarps) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kCopyRegisters));
         if (threadIdx.x == C::kConsumers) init_barriers<S>(address, C::kWarps);
         __syncthreads();
         const int producer = warp - C::kWarps;
-        if (lane == 0 && producer < kProducers) {
-            produce<S, Sliced, C::kGroups, C::kBlocks, C::kTokens>(p, &token_map, address, producer, [&] {
+        if (lane == 0) {
+            produce<S, typename C::Work, C::kGroups>(p, &token_map, address, producer, [&] {
                 if (p.slices == 1) return;
                 for (int i = 0; i < (C::kSumsInStages ? 3 : 2); ++i) cluster_barrier_of_one_thread();
             });
@@ -249,76 +320,30 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
     __syncthreads();
-    constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
-    const Rows rows{warp / 4 * 4 * C::kHalves + warp % 4, 4};
-    const char* weights0 = shared + S::kWeights + rows.first * kBlockBytes<C::kGroups>;
+    const char* weights = shared + S::kWeights + warp * kBlockBytes<C::kGroups>;
     const bool never = p.m < 0;
-    float acc[C::kHalves][C::kJ][4], sum[C::kHalves][C::kJ][4];
-    uint32_t a[C::kHalves][kUnits][4], scales[C::kHalves];
-    uint2 positions[C::kHalves]{};
-    uint32_t parity = 0;
-    int stage = 0;
-    for (Sliced work(p); work.valid(p); work.next(p)) {
-        int previous = -1;
-        if constexpr (C::kScaleSums) {
-#pragma unroll
-            for (int half = 0; half < C::kHalves; ++half) {
-#pragma unroll
-                for (int j = 0; j < C::kJ; ++j)
-                    sum[half][j][0] = sum[half][j][1] = sum[half][j][2] = sum[half][j][3] = 0.f;
-            }
-        }
-        for (int step = work.begin; step < work.end; ++step) {
-            barrier_wait(address + S::kFull + 8 * stage, parity);
-            const uint32_t tokens = token_descriptor(address + stage * C::kTokenBytes);
-            const int accumulate = !C::kScaleSums && step > work.begin;
-#pragma unroll
-            for (int half = 0; half < C::kHalves; ++half) {
-                const char* packed = weights0 + stage * C::kWeightBytes + 4 * half * kBlockBytes<C::kGroups>;
-                const Block<C> block(packed, lane);
-                wgmma_wait<C::kHalves - 1>();  // the oldest group in flight read a[half] and positions[half]
-                keep(positions[half], never, address);
-                if (half == C::kHalves - 1 && previous >= 0 && lane == 0)
-                    barrier_arrive(address + S::kEmpty + 8 * previous);
-                positions[half] = load_positions(shared_address(packed) + kCodeBytes + 8 * lane);
-                pin(acc[half]);
-                if constexpr (C::kScaleSums) {
-                    if (step > work.begin) add_scaled<T>(sum[half], acc[half], scales[half]);
-                    scales[half] = block.scales[0];
-                }
-                dequantize<T, C>(a[half], block);
-                pin(acc[half]);
-                wgmma_fence();
-                wgmma<T, 0>(acc[half], a[half][0], tokens, positions[half].x, accumulate);
-                wgmma<T, 1>(acc[half], a[half][1], tokens + 4, positions[half].x, 1);
-                wgmma<T, 0>(acc[half], a[half][2], tokens + kHalf, positions[half].y, 1);
-                wgmma<T, 1>(acc[half], a[half][3], tokens + kHalf + 4, positions[half].y, 1);
-                wgmma_commit();
-                pin(acc[half]);
-            }
-            previous = stage;
-            if (++stage == C::kStages) stage = 0, parity ^= 1;
-        }
-        wgmma_wait<0>();
-#pragma unroll
-        for (int half = 0; half < C::kHalves; ++half) {
-            keep(positions[half], never, address);
-            pin(acc[half]);
-            if constexpr (C::kScaleSums) {
-                add_scaled<T>(sum[half], acc[half], scales[half]);
-#pragma unroll
-                for (int j = 0; j < C::kJ; ++j) {
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) acc[half][j][c] = sum[half][j][c];
-                }
-            }
-        }
-        if (lane == 0) barrier_arrive(address + S::kEmpty + 8 * previous);
-        const int row_tile = work.tile / p.token_tiles, token0 = work.tile % p.token_tiles * C::kTokens;
-        if (p.slices == 1) {
-            store_tile<T>(p, acc, row_tile * C::kBlocks, rows, token0);
+    const int warpgroup = warp / 4;
+    Ring<C> ring{address};
+    float acc[C::kParts][C::kJ][4];
+    for (typename C::Work work(p); work.valid(p); work.next(p)) {
+        const int steps = work.end - work.begin;
+        const Place place = work.place(p);
+        const int units = (place.blocks + kUnitBlocks - 1) / kUnitBlocks;
+        const int active = (units - warpgroup + C::kWarpgroups - 1) / C::kWarpgroups;
+        if (C::kParts == 2 && active == 2) {
+            multiply_steps<T, C, C::kParts>(acc, ring, steps, weights, never);
+        } else if (active >= 1) {
+            multiply_steps<T, C, 1>(acc, ring, steps, weights, never);
         } else {
-            add_slices<T, C>(p, acc, shared, row_tile, token0);
+            for (int step = 0; step < steps; ++step) {
+                ring.wait();
+                ring.release(ring.next());
+            }
+        }
+        if (p.slices == 1) {
+            store_tile<T>(p, acc, place, {warp, C::kWarps});
+        } else {
+            add_slices<T, C>(p, acc, shared, place);
         }
     }
 }
@@ -348,59 +373,68 @@ int concurrent_clusters(int slices, const W4A16Device& device) {
     return known[slices] < all ? known[slices] : all;
 }
 
+// Percent of a 256-row step's time that a step of 64, 128, 192, 256 rows takes; four warpgroups take as long for one as
+// for all.
+template <typename C>
+int step_percent(int units) {
+    constexpr int kPercent[4] = {C::kTokens == 128 ? 43 : 50, 60, 76, 100};
+    return C::kParts == 1 ? 100 : kPercent[units - 1];
+}
+
+// Choose the number of slices and the row tiles, by the estimated time.
+template <typename T, typename C>
+void divide_work(Params& p, int forced_slices, const W4A16Device& device) {
+    constexpr int kMost = kPanelBlocks / kUnitBlocks;
+    const int units = (p.n / kRowBlock + kUnitBlocks - 1) / kUnitBlocks;
+    int64_t best = INT64_MAX;
+    for (int slices = 1; slices <= kMaxSlices && slices <= p.steps; ++slices) {
+        if (forced_slices != 0 && forced_slices != slices) continue;
+        const int clusters = concurrent_clusters<T, C>(slices, device);
+        const int least = (units + kMost - 1) / kMost;
+        const int rounds = (least * p.token_tiles + clusters - 1) / clusters;
+        // Lower tiles fill the last round. In more than two rounds that gains nothing (measured: the power is the
+        // limit).
+        int row_tiles = rounds > 2 ? least : rounds * clusters / p.token_tiles;
+        if (row_tiles > units) row_tiles = units;
+        Params tried = p;
+        tried.slices = slices;
+        tried.tiles = row_tiles * p.token_tiles;
+        divide(tried, units, row_tiles);
+        int tall = (tried.longer * p.token_tiles + clusters - 1) / clusters;  // rounds with the taller tiles
+        if (tall > rounds) tall = rounds;
+        const int64_t steps = (p.steps + slices - 1) / slices;
+        const int64_t percent = tall * (tried.longer > 0 ? step_percent<C>(tried.share + 1) : 0) +
+                                (rounds - tall) * step_percent<C>(tried.share);
+        const int64_t time = steps * percent * C::kStepTime / 100 + (slices > 1) * rounds * C::kSumTime;
+        if (time < best) best = time, p = tried;
+    }
+}
+
 template <typename T, typename C>
 const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
     Params p = make_params(problem, kW4A16Panel, C::kTokens);
-    const auto clusters = [&](int slices) {
-        const int most = concurrent_clusters<T, C>(slices, device);
-        return p.tiles < most ? p.tiles : most;
-    };
-    int64_t best = INT64_MAX;
-    for (int slices = 1; slices <= kMaxSlices && slices <= p.steps; ++slices) {
-        if (problem.slices != 0 && problem.slices != slices) continue;
-        const int rounds = (p.tiles + clusters(slices) - 1) / clusters(slices);
-        const int64_t time = static_cast<int64_t>(rounds) *
-                             ((p.steps + slices - 1) / slices * C::kStepTime + (slices > 1) * C::kSumTime);
-        if (time < best) best = time, p.slices = slices;
-    }
+    divide_work<T, C>(p, problem.slices, device);
+    const int clusters = concurrent_clusters<T, C>(p.slices, device);
     const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,
-                     p.slices * clusters(p.slices), p.slices};
+                     p.slices * (p.tiles < clusters ? p.tiles : clusters), p.slices};
     return launch(how, p, problem, device, C::kTokens, stream);
 }
 
-template <typename T, int kGroups>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.kernel) {
-        case W4A16Kernel::kWgmma8:
-            return run<T, Config<kGroups, 8, 12, 1>>(problem, device, stream);
-        case W4A16Kernel::kWgmma16:
-            return run<T, Config<kGroups, 16, 10, 1>>(problem, device, stream);
-        case W4A16Kernel::kWgmma32:
-            return run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
-        case W4A16Kernel::kWgmma64:
-            return run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
-        case W4A16Kernel::kWgmma128:
-            return run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
-        default:
-            return "w4a16_wgmma: not a kernel of this file";
+struct Wgmma {
+    template <typename T, int kGroups>
+    static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+        switch (problem.kernel) {
+            case W4A16Kernel::kWgmma32:
+                return w4a16::run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
+            case W4A16Kernel::kWgmma64:
+                return w4a16::run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
+            case W4A16Kernel::kWgmma128:
+                return w4a16::run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
+            default:
+                return "w4a16_wgmma: not a kernel of this file";
+        }
     }
-}
-
-template <typename T>
-const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    switch (problem.group_size) {
-        case -1:
-            return choose<T, 0>(problem, device, stream);
-        case 128:
-            return choose<T, 1>(problem, device, stream);
-        case 64:
-            return choose<T, 2>(problem, device, stream);
-        case 32:
-            return choose<T, 4>(problem, device, stream);
-        default:
-            return "w4a16_wgmma: group size must be 32, 64, 128 or -1";
-    }
-}
+};
 
 }  // namespace
 }  // namespace vllm_sparse::w4a16
@@ -408,8 +442,7 @@ const char* choose(const W4A16Problem& problem, const W4A16Device& device, cudaS
 namespace vllm_sparse {
 
 const char* w4a16_wgmma(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    return problem.bf16 ? w4a16::choose<__nv_bfloat16>(problem, device, stream)
-                        : w4a16::choose<__half>(problem, device, stream);
+    return w4a16::dispatch<w4a16::Wgmma>(problem, device, stream);
 }
 
 }  // namespace vllm_sparse

@@ -53,7 +53,9 @@ def test_a_whole_run_is_reported(tmp_path, models, capsys):
     assert not data["failures"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| sparse | 0.064 ±0% (2.00x) | 0.128 ±0% (2.00x) | 2.00x |" in report
-    assert "| sparse | 0.5 ±0% (2.00x) | 0.5 ±0% (2.00x) | 2.00x |" in report.split("milliseconds to the first token")[1]
+    assert (
+        "| sparse | 0.5 ±0% (2.00x) | 0.5 ±0% (2.00x) | 2.00x |" in report.split("milliseconds to the first token")[1]
+    )
     assert "| sparse | 2000 ±0% (2.00x) | 2000 ±0% (2.00x) | 2.00x |" in report.split("tokens per second after it")[1]
     assert "| dense | 1.649 | –" not in report and "1.649 (100.0 %)" in report
     assert "4.00x" not in report.split("## Memory")[0]

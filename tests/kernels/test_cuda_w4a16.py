@@ -116,6 +116,18 @@ def test_reasons_against(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KERNEL.reason_against(spec(), device) is None
 
 
+def test_capturing_streams_do_not_share_a_workspace_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, made = torch.device("cuda", 0), {(0, -1): torch.empty(1), (0, -2): torch.empty(2)}
+    for capability, third in ((90, None), (80, made[0, -1])):
+        monkeypatch.setattr(cuda_w4a16, "_device", lambda index, capability=capability: (132, capability))
+        monkeypatch.setattr(cuda_w4a16, "_workspaces", made)
+        monkeypatch.setattr(cuda_w4a16, "_captured", {})
+        got = [cuda_w4a16._graph_workspace(device, stream) for stream in (7, 8, 7, 9, 10, 8)]
+        assert [id(w) for w in got] == [
+            id(w) for w in (made[0, -1], made[0, -2], made[0, -1], third, third, made[0, -2])
+        ]
+
+
 class Layer:
     """A weight prepared on the GPU, and its float64 reference."""
 
@@ -223,6 +235,30 @@ def test_dependent_launches_wait_for_their_input() -> None:
         for _ in range(8):
             together = layer.run(together)
         assert torch.equal(together, apart)
+
+
+@gpu
+def test_stages_come_round_while_the_next_kernel_waits() -> None:
+    torch.manual_seed(8)
+    layers = [Layer(random_weight(8192, 8192, 128, torch.bfloat16, seed), torch.bfloat16) for seed in range(3)]
+    for m in (1, 8, 16, 32, 64):
+        x = torch.randn(m, 8192, device="cuda").bfloat16()
+        apart = []
+        for layer in layers:
+            layer.check(x)
+            apart.append(layer.run(x))
+            torch.cuda.synchronize()
+        together = [layer.run(x) for _ in range(20) for layer in layers]
+        assert all(torch.equal(y, apart[i % 3]) for i, y in enumerate(together))
+
+
+@gpu
+@pytest.mark.parametrize("n", [64, 192, 320, 8448, 12304])
+def test_row_tiles_of_every_height(n: int) -> None:
+    torch.manual_seed(9)
+    layer = Layer(random_weight(n, 384, 128, torch.bfloat16), torch.bfloat16)
+    for m in (20, 64, 128, 200, 400, 1100):
+        layer.check(torch.randn(m, 384, device="cuda").bfloat16())
 
 
 @gpu

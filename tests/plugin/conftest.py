@@ -60,33 +60,56 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write("\n".join(lines) + "\n")
 
 
+class Session:
+    """A model in vLLM, in this process."""
+
+    def __init__(self, path: Path, sparse24: dict[str, Any] | None = None, **options: Any) -> None:
+        from vllm import LLM
+
+        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
+        extra = {"additional_config": {"sparse24": sparse24}} if sparse24 else {}
+        self.llm = LLM(str(path), **defaults | extra | options)
+
+    def generate(self, prompts: list[list[int]] = PROMPTS, adapter: Path | None = None) -> list[Continuation]:
+        """Return the greedy continuation of each prompt."""
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
+        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+        tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(tokens, wanted, use_tqdm=False, lora_request=lora)
+        return [continuation(output.outputs[0]) for output in outputs]
+
+
 @pytest.fixture
-def engine() -> Iterator[Any]:
-    """Return ``start(path, **options)``, which loads a model into this process and returns what it generates."""
-    from vllm import LLM, SamplingParams
+def session() -> Iterator[Callable[..., Session]]:
+    """Return ``start(path, options of the plugin, **options of vLLM)``, which loads a model into this process."""
     from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.lora.request import LoRARequest
 
-    started: list[Any] = []
+    started: list[Session] = []
 
-    def start(
+    def start(path: Path, sparse24: dict[str, Any] | None = None, **options: Any) -> Session:
+        started.append(Session(path, sparse24, **options))
+        return started[-1]
+
+    yield start
+    started.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def engine(session: Callable[..., Session]) -> Callable[..., list[Continuation]]:
+    """Return ``generate(path, ...)``, which loads a model and returns how it continues prompts."""
+
+    def generate(
         path: Path,
         sparse24: dict[str, Any] | None = None,
         prompts: list[list[int]] = PROMPTS,
         adapter: Path | None = None,
         **options: Any,
     ) -> list[Continuation]:
-        defaults = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 4, "enforce_eager": True}
-        extra = {"additional_config": {"sparse24": sparse24}} if sparse24 else {}
-        llm = LLM(str(path), **defaults | extra | options)
-        started.append(llm)
-        wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
-        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
-        tokens = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = llm.generate(tokens, wanted, use_tqdm=False, lora_request=lora)
-        return [continuation(output.outputs[0]) for output in outputs]
+        return session(path, sparse24, **options).generate(prompts, adapter)
 
-    yield start
-    started.clear()
-    gc.collect()
-    cleanup_dist_env_and_memory()
+    return generate

@@ -36,9 +36,9 @@ def is_linear(name: str, tensor: Tensor) -> bool:
     return tensor.dim() == 2 and not any(part in name for part in _DENSE)
 
 
-def save_dense(path: Path, kind: str, dense_layers: tuple[str, ...] = ()) -> Path:
+def save_dense(path: Path, kind: str, dense_layers: tuple[str, ...] = (), seed: int = 0) -> Path:
     """Write a random bf16 mixture, 2:4 but for the head, the routers and ``dense_layers``, as transformers does."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config_class, changes = CONFIGS[kind]
     model = AutoModelForCausalLM.from_config(config_class(**SIZES | changes)).to(torch.bfloat16)
     model.save_pretrained(path)

@@ -13,7 +13,7 @@ from tests.plugin.conftest import VllmContext
 from tests.plugin.layers import load, new_config, random_dense
 
 pytest.importorskip("vllm")
-LAYERS, FEATURES = 40, 1024
+LAYERS, FEATURES = 80, 1024
 STATUS = Path("/proc/self/status")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -170,7 +170,7 @@ def _linear(
         x.device.index,
         sm_count,
         capability,
-        capability >= 90,
+        capability >= 90 and m <= MOST_OVERLAPPED_TOKENS,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
     return y
@@ -247,8 +247,7 @@ class CudaMmaKernel(Kernel):
         if weight.input_scale is not None:
             packed["input_scale"] = weight.input_scale
         if weight.device.type == "cuda":
-            if (weight.device.index, _GRAPHS) not in _workspaces:
-                _make_workspace(weight.device, _GRAPHS)
+            _make_workspace(weight.device, _GRAPHS).zero_()  # again for a reload, after a sleep that lost its contents
             # The kernel reads the weight before its predecessors in the stream have finished (programmatic dependent
             # launch), so whatever wrote the weight must have.
             torch.cuda.current_stream(weight.device).synchronize()

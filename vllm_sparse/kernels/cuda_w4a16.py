@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -25,6 +25,8 @@ STEP = 128  # input features of a packed step
 PANEL_BLOCKS = 16  # row blocks of a panel
 ROW_BLOCK = 16  # output features of a row block
 AUTO_KERNEL = -1
+WGMMA_32_KERNEL = 6  # on Hopper, without a workspace
+_COUNTER_BYTES = 4096  # zero at the workspace's beginning
 _ZERO_CODE = 8
 _PADDING_NIBBLES = 0x44
 
@@ -91,31 +93,45 @@ def _device(index: int) -> tuple[int, int]:
     return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
-_GRAPHS = -1  # in place of a stream
+_GRAPHS = (-1, -2)  # in place of a stream: graphs have workspaces of their own, for two streams of a graph
+_MOST_STREAMED = 16  # tokens; on Hopper more of them are multiplied by wgmma.sp, which needs no workspace
 _workspaces: dict[tuple[int, int], Tensor] = {}
+_captured: dict[tuple[int, int], int] = {}  # which of _GRAPHS a capturing stream has
 
 
-def _workspace(device: torch.device) -> Tensor | None:
-    """Return the zeroed workspace of the current stream, or of all graphs while one is captured.
+def _make_workspace(device: torch.device, stream: int) -> Tensor:
+    """Return the workspace of ``stream``, made or set up again: a reload may follow a sleep that lost its contents."""
+    size = _cuda.w4a16_workspace_bytes(_device(device.index)[0])
+    workspace = _workspaces.setdefault((device.index, stream), torch.empty(size, dtype=torch.uint8, device=device))
+    workspace.fill_(255)[:_COUNTER_BYTES].zero_()
+    return workspace
 
-    Hopper's kernels need none. Memory first asked for during a capture would be zeroed by the graph alone, hence one
-    workspace for graphs, made by ``prepare``: graphs of one device must not be replayed at the same time.
-    """
-    sm_count, capability = _device(device.index)
-    if capability == 90:
-        return None
-    stream = _GRAPHS if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+
+def _graph_workspace(device: torch.device, stream: int) -> Tensor | None:
+    """Return the workspace of a capturing stream: memory first asked for now would be set up by the graph alone."""
     key = (device.index, stream)
-    if key not in _workspaces:
-        _workspaces[key] = torch.zeros(_cuda.w4a16_workspace_bytes(sm_count), dtype=torch.uint8, device=device)
-    return _workspaces[key]
+    if key not in _captured:
+        taken = sum(index == device.index for index, _ in _captured)
+        if taken >= len(_GRAPHS):
+            if _device(device.index)[1] == 90:
+                return None
+            taken = 0  # no kernel does without
+        _captured[key] = _GRAPHS[taken]
+    return _workspaces[device.index, _captured[key]]
 
 
-def _make_graph_workspace(device: torch.device) -> None:
-    sm_count, capability = _device(device.index)
-    if capability != 90 and (device.index, _GRAPHS) not in _workspaces:
-        size = _cuda.w4a16_workspace_bytes(sm_count)
-        _workspaces[device.index, _GRAPHS] = torch.zeros(size, dtype=torch.uint8, device=device)
+def _workspace(device: torch.device, tokens: int) -> Tensor | None:
+    """Return the workspace of the current stream; None if the kernel needs none, or there is none (Hopper alone).
+
+    Graphs share the workspaces that ``prepare`` makes: graphs of one device must not be replayed at the same time.
+    """
+    if tokens > _MOST_STREAMED and _device(device.index)[1] == 90:
+        return None
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if torch.cuda.is_current_stream_capturing():
+        return _graph_workspace(device, stream)
+    found = _workspaces.get((device.index, stream))
+    return _make_workspace(device, stream) if found is None else found
 
 
 def _linear(
@@ -125,7 +141,7 @@ def _linear(
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty((m, n))
-    workspace = _workspace(x.device)
+    workspace = _workspace(x.device, m)
     sm_count, capability = _device(x.device.index)
     _cuda.w4a16_linear(
         x.data_ptr(),
@@ -139,12 +155,12 @@ def _linear(
         k,
         group_size,
         x.dtype == torch.bfloat16,
-        AUTO_KERNEL,
+        WGMMA_32_KERNEL if workspace is None and m <= _MOST_STREAMED else AUTO_KERNEL,
         0,  # slices by the sizes
         x.device.index,
         sm_count,
         capability,
-        capability >= 90,
+        capability >= 90 and m <= MOST_OVERLAPPED_TOKENS,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
     return y
@@ -200,7 +216,8 @@ class CudaW4A16Kernel(Kernel):
         if not grouped:
             packed["channel_scale"] = weight.scales.float().flatten()
         if weight.values.is_cuda:
-            _make_graph_workspace(weight.values.device)
+            for graphs in _GRAPHS:
+                _make_workspace(weight.values.device, graphs)
             # The kernel reads the weight before its predecessors in the stream have finished (programmatic dependent
             # launch), so whatever wrote the weight must have.
             torch.cuda.current_stream(weight.values.device).synchronize()
