@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 from tests.plugin.agreement import assert_greedy
 from tests.plugin.conftest import PROMPTS
 from tests.plugin.layers import random_hub
-from vllm_sparse.errors import FormatError
+from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.kernels.reference import ReferenceKernel, quantize_activations
 from vllm_sparse.scheme import SCHEMES
@@ -215,6 +215,16 @@ def test_experts_in_one_tensor_are_not_converted(tmp_path: Path) -> None:
     message = "model.layers.0.mlp.experts: holds all experts in one tensor down_proj"
     with pytest.raises(FormatError, match=message):
         convert(tmp_path / "m", tmp_path / "out")
+
+
+@pytest.mark.serve
+def test_adapters_are_refused(engine: Any, tmp_path: Path) -> None:
+    from tests.plugin.mixtures import save_native
+
+    with pytest.raises(
+        UnsupportedError, match=r"block_sparse_moe.experts: 2:4 experts with LoRA adapters on the model"
+    ):
+        engine(save_native(tmp_path, "mixtral", "bf16").path, enable_lora=True)
 
 
 @pytest.mark.serve

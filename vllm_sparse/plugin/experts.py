@@ -145,6 +145,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             odd = "clamped activations"
         elif layer.moe_config.has_bias:
             odd = "biases"
+        elif getattr(layer.moe_config, "is_lora_enabled", False):
+            odd = "LoRA adapters on the model, which vLLM's own experts alone allow,"
         if odd is not None and not self.detect:
             raise UnsupportedError(f"{self.module}: 2:4 experts with {odd} are not supported")
         self.odd = odd
