@@ -2,7 +2,8 @@
 //
 // In bytes, the operands of m16n8k32 (16-bit numbers) and m16n8k64 (8-bit) are the same: a unit is 16 rows x 32 kept
 // bytes of weights and 8 tokens x 64 bytes. Only positions differ. 8-bit weights with 16-bit tokens are widened in
-// registers. Blocks copy steps of kUnits units ahead by cp.async; they share all tiles' steps equally (Stream-K).
+// registers. Blocks copy stages of one or two packed steps ahead by cp.async and share all tiles' stages equally
+// (Stream-K).
 #pragma once
 
 #include <cstdint>
@@ -35,9 +36,9 @@ struct Params {
     int m, n, k;
     int x_scale_stride;  // 1 per token, 0 for all
     bool bf16_out;
-    int groups;         // scales per row and step
-    int block_bytes;    // of one row block and step
-    int steps;          // along k
+    int groups;         // scales per row and packed step
+    int block_bytes;    // of one row block and packed step
+    int steps;          // along k, of a stage each: what is divided among the blocks
     int token_tiles;    // consecutive tiles share their weights through L2
     int share, longer;  // steps of every block; the first `longer` blocks have one more
 };
@@ -57,7 +58,7 @@ struct Operands {
     static constexpr int kBlockBytes = kValueBytes + 128 * kPositionWords;  // without scales, 32 bytes per group
 };
 
-// What the number of packed steps is a multiple of.
+// What the number of packed steps along k is a multiple of.
 template <typename O>
 constexpr int kStepsMultiple = O::kWiden ? 1 : 2;
 
