@@ -69,8 +69,8 @@ def linear(data: dict[str, Any], file: Path) -> list[str]:
             rows.append([f"{scheme}: bf16 / ours", *_ratios(sums, [("torch-bf16", "bf16")], scheme, tokens)])
         head = f"**{model}**: microseconds of one block's four linear layers; {_described(data, file)}"
         parts += [head, "", table(["tokens", *map(str, tokens)], rows), ""]
-    plot = file.with_suffix(".svg")
-    return [*parts, f"![{plot.stem}]({plot.relative_to(ROOT)})", ""] if plot.exists() else parts
+    plots = [file.with_suffix(".svg"), *sorted(file.parent.glob(f"{file.stem}-*.svg"))]
+    return parts + [f"![{plot.stem}]({plot.relative_to(ROOT)})\n" for plot in plots if plot.exists()]
 
 
 def _named(kernel: str, scheme: str) -> str:

@@ -59,8 +59,8 @@ def collect(work: Path, out: Path, preset: str) -> None:
     """Copy what is worth keeping of a run's directory into ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     if (work / FILE).exists():
-        text = (work / FILE).read_text(encoding="utf-8")
-        (out / f"serving-{preset}.json").write_text(text.replace(f"{work}/", ""), encoding="utf-8")
+        results = (work / FILE).read_text(encoding="utf-8")
+        (out / f"serving-{preset}.json").write_text(results.replace(f"{work}/", ""), encoding="utf-8")
     for file in [*work.glob("*.png"), *work.glob("report.md")]:
         shutil.copy(file, out / file.name)
     with (out / "logs.txt").open("w", encoding="utf-8") as text:

@@ -124,6 +124,13 @@ bool map_out(const LinearArguments& a, CUtensorMap* map) {
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Clusters that run at once, as the choice takes it. Some of the chip's groups of multiprocessors are not a multiple of
+// four: of 132 multiprocessors 31 clusters of four use 124.
+int count_clusters(int multiprocessors, int size) {
+    const int usable = size > 2 ? multiprocessors - multiprocessors / 16 : multiprocessors;
+    return std::max(1, usable / size);
+}
+
 }  // namespace
 
 int configuration_count(Element element) { return table(element).count; }
@@ -148,7 +155,7 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
         if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
         const int64_t tiles =
             int64_t(ceil_div(m, c.tokens)) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
-        const int64_t workers = std::max(1, multiprocessors / (c.cluster * c.split));
+        const int64_t workers = count_clusters(multiprocessors, c.cluster * c.split);
         const int64_t waves = (tiles + workers - 1) / workers;
         const float us = waves * (c.tile_us + c.brick_us * ceil_div(bricks, c.split));
         if (best < 0 || us < best_us) best = i, best_us = us;
@@ -156,7 +163,6 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
     return best;
 }
 
-int g_band = 1;
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
     if (a.m == 0) return nullptr;
     const int row_bytes = a.k * element_bytes(a.element);
@@ -191,9 +197,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.column_tiles = ceil_div(row_bytes, kPaddingBricks * kBrickRowBytes) * kPaddingBricks / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
-    args.feature_groups = ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
-    args.band = g_band;
-    args.tiles = args.token_tiles * args.feature_groups;
+    args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
     args.stream_weight = args.token_tiles == 1;
     const int blocks_per_cluster = c.cluster * c.split;
     const int workers = std::min(device->workers[configuration], args.tiles);

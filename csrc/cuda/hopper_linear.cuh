@@ -33,9 +33,7 @@ struct KernelArguments {
     bool stream_weight;  // each weight byte is read once: let L2 drop it first
     int column_tiles;    // stages along k
     int token_tiles;
-    int feature_tiles;   // of 64
-    int feature_groups;  // that a cluster does at once
-    int band;            // feature groups
+    int feature_tiles;  // of 64
     int tiles;          // of the whole cluster
 };
 
@@ -348,21 +346,13 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
     const int first = args.column_tiles * split_rank / T::SPLIT, last = args.column_tiles * (split_rank + 1) / T::SPLIT;
 
-    // Clusters that run at the same time should ask for the same tokens: tiles go in bands of features, and in a band all
-    // features before the next tokens.
     const auto feature_tile = [&](int tile, int group) {
-        const int band = tile / (args.band * args.token_tiles), first_group = band * args.band;
-        const int groups = min(args.band, args.feature_groups - first_group);
-        const int place = (tile - first_group * args.token_tiles) % groups + first_group;
-        return (place * T::CLUSTER + rank) * T::WARPGROUPS + group;
+        return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
     };
     // The last tile of many is moved back to end with the last token: tokens beyond m cost the copy engine more than
     // real ones.
     const auto first_token = [&](int tile) {
-        const int band = tile / (args.band * args.token_tiles), first_group = band * args.band;
-        const int groups = min(args.band, args.feature_groups - first_group);
-        const int place = (tile - first_group * args.token_tiles) / groups;
-        return min(place * T::TOKENS, max(0, args.m - T::TOKENS));
+        return min(tile % args.token_tiles * T::TOKENS, max(0, args.m - T::TOKENS));
     };
     const auto sync_blocks = [] {
         if constexpr (T::BLOCKS_PER_CLUSTER > 1) {

@@ -5,7 +5,7 @@ namespace vllm_sparse::mma {
 namespace {
 
 // Tokens of a tile by its index.
-constexpr int kTileTokens[] = {8, 16, 32, 64, 128};
+constexpr int kTileTokens[] = {8, 16, 32, 64};
 constexpr int kMostBlocksPerSm = 2;
 
 class DeviceGuard {
@@ -86,16 +86,10 @@ const char* run(const LinearProblem& problem, const LinearDevice& device, int ti
             return launch<Config<O, 1, 2, 1, 8, kSteps>>(problem, device, blocks_per_sm, stream);
         case 2:
             return launch<Config<O, 2, 2, 2, 8, 1>>(problem, device, blocks_per_sm, stream);
-        case 3:
+        default:
             // Widening keeps two sets of sums, so that a warp has room for half as many.
             return launch<Config<O, O::kWiden ? 2 : 4, 4, 2, O::kWiden ? 8 : 4, 1>>(problem, device, blocks_per_sm,
-                                                                                      stream);
-        default:
-            if constexpr (O::kWiden) {
-                return "no such tile";
-            } else {
-                return launch<Config<O, 4, 4, 4, 8, 1>>(problem, device, blocks_per_sm, stream);
-            }
+                                                                                    stream);
     }
 }
 
@@ -119,26 +113,30 @@ const char* run(const LinearProblem& problem, const LinearDevice& device, int ti
     return "these weights do not multiply these activations";
 }
 
-// The smallest tile that holds all tokens: padding costs time and shared memory. Widening needs registers for two sets
-// of sums, which 128 tokens have not.
+// The smallest tile that holds all tokens: padding costs time and shared memory. 128 tokens were never faster than 64
+// (docs/decisions/0071).
 int choose_tile(const LinearProblem& problem, const LinearDevice& device) {
     const bool emulated = problem.x_type == Number::kFp8 && emulates_fp8(device.capability);
-    const int most = emulated ? kMostEmulatedTokens : problem.weight_type == problem.x_type ? 128 : 64;
+    const int most = emulated ? kMostEmulatedTokens : 64;
     int tile = 0;
     while (kTileTokens[tile] < most && kTileTokens[tile] < problem.m) ++tile;
     return tile;
 }
 
-// Two blocks where the shared memory has room for them.
-int choose_blocks_per_sm(const LinearDevice& device, int tile) {
+// Measured on an H200. One block keeps the memory busy where nothing is computed, and leaves room for the next
+// kernel's. Two hide each other's latencies where there is more to do, if the shared memory holds them and, widening 64
+// tokens, the registers.
+int choose_blocks_per_sm(const LinearProblem& problem, const LinearDevice& device, int tile) {
     const bool large_memory = device.capability == 90 || device.capability == 100;
-    return large_memory && kTileTokens[tile] <= 64 ? kMostBlocksPerSm : 1;
+    const bool widen = problem.weight_type != problem.x_type;
+    const bool pays = widen ? kTileTokens[tile] <= 32 : kTileTokens[tile] >= 32;
+    return large_memory && pays ? kMostBlocksPerSm : 1;
 }
 
 }  // namespace
 
 size_t workspace_bytes(int sm_count) {
-    constexpr size_t kPartsPerBlock = 2, kLargestTile = kTileRows * 128 * sizeof(float);
+    constexpr size_t kPartsPerBlock = 2, kLargestTile = kTileRows * 64 * sizeof(float);
     return kCounterBytes + sm_count * kMostBlocksPerSm * kPartsPerBlock * kLargestTile;
 }
 
@@ -153,7 +151,7 @@ const char* linear(const LinearProblem& problem, const LinearDevice& device, cud
     }
     const DeviceGuard guard(device.index);
     const int tile = problem.tile < 0 ? choose_tile(problem, device) : problem.tile;
-    const int blocks = problem.blocks_per_sm > 0 ? problem.blocks_per_sm : choose_blocks_per_sm(device, tile);
+    const int blocks = problem.blocks_per_sm > 0 ? problem.blocks_per_sm : choose_blocks_per_sm(problem, device, tile);
     return run(problem, device, tile, blocks, stream);
 }
 

@@ -2,7 +2,8 @@
 //
 // In bytes, the operands of m16n8k32 (16-bit numbers) and m16n8k64 (8-bit) are the same: a unit is 16 rows x 32 kept
 // bytes of weights and 8 tokens x 64 bytes. Only positions differ. 8-bit weights with 16-bit tokens are widened in
-// registers. Blocks copy steps of kUnits units ahead by cp.async; they share all tiles' steps equally (Stream-K).
+// registers. Blocks copy stages of one or two packed steps ahead by cp.async and share all tiles' stages equally
+// (Stream-K).
 #pragma once
 
 #include <cstdint>
@@ -35,10 +36,10 @@ struct Params {
     int m, n, k;
     int x_scale_stride;  // 1 per token, 0 for all
     bool bf16_out;
-    int groups;       // scales per row and step
-    int block_bytes;  // of one row block and step
-    int steps;        // along k
-    int token_tiles;  // consecutive tiles share their weights through L2
+    int groups;         // scales per row and packed step
+    int block_bytes;    // of one row block and packed step
+    int steps;          // along k, of a stage each: what is divided among the blocks
+    int token_tiles;    // consecutive tiles share their weights through L2
     int share, longer;  // steps of every block; the first `longer` blocks have one more
 };
 
@@ -57,12 +58,12 @@ struct Operands {
     static constexpr int kBlockBytes = kValueBytes + 128 * kPositionWords;  // without scales, 32 bytes per group
 };
 
-// What the number of packed steps is a multiple of.
+// What the number of packed steps along k is a multiple of.
 template <typename O>
 constexpr int kStepsMultiple = O::kWiden ? 1 : 2;
 
-// kI x kJ instructions per warp; kTokenWarps of kWarps share the tile's tokens, the others its rows. A stage holds kSteps
-// steps.
+// kI x kJ instructions per warp; kTokenWarps of kWarps share the tile's tokens, the others its rows. A stage holds
+// kSteps steps.
 template <typename Operands_, int kI_, int kJ_, int kTokenWarps_, int kWarps_, int kSteps_>
 struct Config {
     using O = Operands_;
@@ -130,7 +131,9 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high, bool bf16) 
 
 // Every block takes an equal, contiguous share of all tiles' steps. A tile cut by a share's edge is summed by the last
 // block to finish its part, always in block order, so that the result does not depend on timing.
-__device__ __forceinline__ int share_begin(int block, const Params& p) { return block * p.share + min(block, p.longer); }
+__device__ __forceinline__ int share_begin(int block, const Params& p) {
+    return block * p.share + min(block, p.longer);
+}
 
 __device__ __forceinline__ int share_of(int step, const Params& p) {
     const int in_longer = p.longer * (p.share + 1);
@@ -184,36 +187,20 @@ class Feed {
     // The weights of the first stages.
     __device__ __forceinline__ void begin_weights(const Params& p) {
         Place place = ahead_;
-        for (int stage = 0; stage < C::kStages - 1; ++stage) {
-            if (place.left > 0) {
-                copy_weights(stage);
-                next_weights(p, place, place.next(p));
-            }
-            if (kFewPieces) ptx::copy_async_commit();
+        for (int stage = 0; stage < C::kStages - 1 && place.left > 0; ++stage) {
+            copy_weights(stage);
+            next_weights(p, place, place.next(p));
         }
     }
 
-    // Their tokens. A thread that has but one piece of each stage carries it itself: a background copy would be complete
-    // only after all those begun before it, which are the weights of all these stages.
+    // Their tokens; each stage is a group of copies.
     __device__ __forceinline__ void begin_tokens(const Params& p) {
-        uint4 carried[C::kStages - 1];
-#pragma unroll
         for (int stage = 0; stage < C::kStages - 1; ++stage) {
-            carried[stage] = make_uint4(0, 0, 0, 0);
             if (ahead_.left > 0) {
-                if (!kFewPieces) {
-                    copy_tokens(stage);
-                } else if (has_piece() && is_inside(0)) {
-                    carried[stage] = __ldcg(reinterpret_cast<const uint4*>(tokens_));
-                }
+                copy_tokens(stage);
                 next_tokens(p, ahead_.next(p));
             }
-            if (!kFewPieces) ptx::copy_async_commit();
-        }
-        if (!kFewPieces || !has_piece()) return;
-#pragma unroll
-        for (int stage = 0; stage < C::kStages - 1; ++stage) {
-            ptx::store_shared_16(tokens_to_ + stage * C::kTokenStage, carried[stage]);
+            ptx::copy_async_commit();
         }
     }
 
@@ -231,7 +218,6 @@ class Feed {
 
  private:
     static constexpr int kPieces = C::kTokenBytes / 16, kRows = C::kThreads / kPieces;
-    static constexpr bool kFewPieces = C::kTokens <= kRows;
 
     __device__ __forceinline__ static bool has_piece() {
         return C::kTokens >= kRows || threadIdx.x < C::kTokens * kPieces;
@@ -365,35 +351,32 @@ __device__ __forceinline__ void multiply_step(const Params& p, typename C::O::Su
                                               int stage) {
     using O = typename C::O;
     const uint32_t weights = stage * C::kWeightStage, tokens = from.tokens + stage * C::kTokenStage;
-    uint32_t positions[C::kI][O::kPositionWords];
 #pragma unroll
-    for (int unit = 0; unit < C::kUnits; ++unit) {
-        const int unit_of_step = unit % O::kUnits;
-        const uint32_t step = weights + unit / O::kUnits * kTileBlocks * p.block_bytes;
-        uint32_t b[C::kJ][4];
+    for (int step = 0; step < C::kSteps; ++step) {
+        const uint32_t block = weights + step * kTileBlocks * p.block_bytes;
+        uint32_t positions[C::kI][O::kPositionWords];
 #pragma unroll
-        for (int j = 0; j < C::kJ; ++j) {
-            // Pieces 4 unit + lane / 8, swizzled.
-            ptx::load_matrices(b[j], (tokens ^ (unit % 2 * 64)) + unit / 2 * 128 + 8 * j * C::kTokenBytes);
-        }
+        for (int i = 0; i < C::kI; ++i) load_positions<O>(positions[i], from.positions + block + i * p.block_bytes);
 #pragma unroll
-        for (int i = 0; i < C::kI; ++i) {
-            const uint32_t block = step + i * p.block_bytes;
-            uint32_t a[4];
-            load_values<O>(a, from.values + block, unit_of_step);
-            if (unit_of_step == 0) load_positions<O>(positions[i], from.positions + block);
-            const uint32_t word = positions[i][sizeof(typename O::X) == 1 ? unit_of_step : unit_of_step / 2];
+        for (int unit = 0; unit < O::kUnits; ++unit) {
+            const int piece = 4 * (step * O::kUnits + unit);  // the first of the unit's, before the swizzle
+            uint32_t b[C::kJ][4];
 #pragma unroll
             for (int j = 0; j < C::kJ; ++j) {
-                if (unit % 2 == 0) {
-                    ptx::mma_sparse<0>(part[i][j], a, b[j], word, typename O::X());
-                } else {
-                    ptx::mma_sparse<1>(part[i][j], a, b[j], word, typename O::X());
-                }
+                ptx::load_matrices(b[j], (tokens ^ (piece % 8 * 16)) + piece / 8 * 128 + 8 * j * C::kTokenBytes);
             }
-            if constexpr (O::kWiden) {
-                if ((unit + 1) * p.groups % O::kUnits == 0 && p.groups > 0) {
-                    fold<O>(sums[i], part[i], from.scales + block + 4 * ((unit + 1) * p.groups / O::kUnits - 1));
+#pragma unroll
+            for (int i = 0; i < C::kI; ++i) {
+                uint32_t a[4];
+                load_values<O>(a, from.values + block + i * p.block_bytes, unit);
+                const uint32_t word = positions[i][sizeof(typename O::X) == 1 ? unit : unit / 2];
+#pragma unroll
+                for (int j = 0; j < C::kJ; ++j) ptx::mma_sparse(part[i][j], a, b[j], word, unit % 2, typename O::X());
+                if constexpr (O::kWiden) {
+                    const int ended = (unit + 1) * p.groups / O::kUnits;  // groups of the step
+                    if (p.groups > 0 && (unit + 1) * p.groups % O::kUnits == 0) {
+                        fold<O>(sums[i], part[i], from.scales + block + i * p.block_bytes + 4 * (ended - 1));
+                    }
                 }
             }
         }
@@ -461,8 +444,7 @@ __device__ __forceinline__ void store_tile(const Params& p, Sums<C>& sums, const
 
 // Leave the part of `tile` in the workspace; returns whether this block is its last, and then the sum of all parts.
 template <typename C>
-__device__ __forceinline__ bool add_parts(const Params& p, Sums<C>& sums, int tile,
-                                          int tokens, int* last) {
+__device__ __forceinline__ bool add_parts(const Params& p, Sums<C>& sums, int tile, int tokens, int* last) {
     using Sum = typename C::O::Sum;
     const int first = share_of(tile * p.steps, p), final = share_of((tile + 1) * p.steps - 1, p);
     // A block leaves at most two parts: number 0 of a tile begun before its share, 1 of one that ends after it.
@@ -511,8 +493,8 @@ __device__ __forceinline__ bool add_parts(const Params& p, Sums<C>& sums, int ti
 
 // Finish steps [begin, end) of the tile of `place`: store them if they are all, else add up what others have done.
 template <typename C>
-__device__ __forceinline__ void finish_tile(const Params& p, Sums<C>& sums,
-                                            const Place& place, int begin, int end, int* last) {
+__device__ __forceinline__ void finish_tile(const Params& p, Sums<C>& sums, const Place& place, int begin, int end,
+                                            int* last) {
     const int warp = threadIdx.x / 32;
     const int row0 = (place.row_tile * kTileBlocks + warp / C::kTokenWarps * C::kI) * kRowBlock;
     const int token0 = place.token_tile * C::kTokens + warp % C::kTokenWarps * 8 * C::kJ;
@@ -596,8 +578,7 @@ constexpr int least_blocks() {
 #ifdef __CUDA_ARCH__
     if (std::is_same_v<typename C::O::X, __nv_fp8_e4m3> && emulates_fp8(__CUDA_ARCH__ / 10)) return 1;
 #endif
-    if (C::O::kWiden) return C::kTokens <= 32 ? 2 : 1;
-    return C::kTokens <= 64 ? 2 : 1;
+    return C::O::kWiden && C::kTokens > 32 ? 1 : 2;
 }
 
 template <typename C>

@@ -30,7 +30,7 @@ struct LinearProblem {
     int group_size;              // 32, 64 or 128 (8-bit weights with 16-bit x alone), or -1
     Number weight_type, x_type;  // the same, or 8-bit integers or FP8 with bf16 or fp16
     Number y_type;               // kBf16 or kFp16; that of a 16-bit x
-    int tile = -1;               // index into the tile sizes 8, 16, 32, 64, 128 tokens; -1: by the sizes
+    int tile = -1;               // index into the tile sizes 8, 16, 32, 64 tokens; -1: by the sizes
     int blocks_per_sm = 0;       // 0: by the device
 };
 

@@ -31,7 +31,8 @@ __device__ __forceinline__ uint32_t keep(uint32_t word) {
     return word;
 }
 
-// ---- shared memory by 32-bit addresses -------------------------------------------------------------------------------
+// ---- shared memory by 32-bit addresses
+// -------------------------------------------------------------------------------
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -51,11 +52,6 @@ __device__ __forceinline__ uint32_t load_shared_4(uint32_t address) {
     uint32_t v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
-}
-
-__device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
 }
 
 // ---- fragments ------------------------------------------------------------------------------------------------------
@@ -83,28 +79,32 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t fragment) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), \
                    "r"(positions), "n"(selector))
 
-template <int kSelector>
 __device__ __forceinline__ void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                           uint32_t positions, __nv_bfloat16) {
-    VLLM_SPARSE_MMA_SP("m16n8k32", "f32.bf16.bf16.f32", "+f", kSelector);
+                                           uint32_t positions, int selector, __nv_bfloat16) {
+    if (selector == 0) {
+        VLLM_SPARSE_MMA_SP("m16n8k32", "f32.bf16.bf16.f32", "+f", 0);
+    } else {
+        VLLM_SPARSE_MMA_SP("m16n8k32", "f32.bf16.bf16.f32", "+f", 1);
+    }
 }
 
-template <int kSelector>
 __device__ __forceinline__ void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                           uint32_t positions, __half) {
-    VLLM_SPARSE_MMA_SP("m16n8k32", "f32.f16.f16.f32", "+f", kSelector);
+                                           uint32_t positions, int selector, __half) {
+    if (selector == 0) {
+        VLLM_SPARSE_MMA_SP("m16n8k32", "f32.f16.f16.f32", "+f", 0);
+    } else {
+        VLLM_SPARSE_MMA_SP("m16n8k32", "f32.f16.f16.f32", "+f", 1);
+    }
 }
 
-template <int kSelector>
 __device__ __forceinline__ void mma_sparse(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                           uint32_t positions, int8_t) {
+                                           uint32_t positions, int, int8_t) {
     VLLM_SPARSE_MMA_SP("m16n8k64", "s32.s8.s8.s32", "+r", 0);
 }
 
 // Compute capability 8.9 and later; before, the host never launches a kernel with it.
-template <int kSelector>
 __device__ __forceinline__ void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                           uint32_t positions, __nv_fp8_e4m3) {
+                                           uint32_t positions, int, __nv_fp8_e4m3) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
     VLLM_SPARSE_MMA_SP("m16n8k64", "f32.e4m3.e4m3.f32", "+f", 0);
 #endif

@@ -131,16 +131,19 @@ const char* quantize(const QuantizeArguments& a, void* stream) {
     if (error == cudaSuccess && before != a.device) error = cudaSetDevice(a.device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
     cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(a.m * blocks);
     config.blockDim = dim3(kThreads);
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    config.numAttrs = blocks > 1 ? 2 : 1;
+    if (a.overlap) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (blocks > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    }
     error = cudaLaunchKernelEx(&config, a.half ? kernel_of<true>(passes) : kernel_of<false>(passes),
                                static_cast<const uint4*>(a.x), static_cast<uint2*>(a.codes), a.scale, a.k / kVector,
                                blocks, few_tokens);

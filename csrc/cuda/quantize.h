@@ -13,6 +13,7 @@ struct QuantizeArguments {
     float* scale;  // [m]
     int m, k;      // k % 8 == 0, k <= kMostColumns
     int device;
+    bool overlap;  // may start while its predecessor in the stream still runs (programmatic dependent launch)
 };
 
 constexpr int kMostColumns = 131072;

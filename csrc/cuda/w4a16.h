@@ -16,20 +16,18 @@ constexpr int kW4A16Panel = 256;
 constexpr int kW4A16RowBlock = 16;
 
 enum class W4A16Kernel : int {
-    kAuto = -1,   // by the sizes and the device
-    kMma8 = 0,    // mma.sp, 128 rows x 8 tokens
-    kMma16 = 1,   // mma.sp, 256 rows x 16 tokens
-    kMma32 = 2,   // mma.sp, 256 rows x 32 tokens
-    kMma64 = 3,   // mma.sp, 128 rows x 64 tokens
+    kAuto = -1,     // by the sizes and the device
+    kMma8 = 0,      // mma.sp, 128 rows x 8 tokens
+    kMma16 = 1,     // mma.sp, 256 rows x 16 tokens
+    kMma32 = 2,     // mma.sp, 256 rows x 32 tokens
+    kMma64 = 3,     // mma.sp, 128 rows x 64 tokens
     kStream8 = 4,   // mma.sp (sm_90a), 256 rows x 8 tokens, the next kernel's block beside this one's
     kStream16 = 5,  // 16 tokens
     kWgmma32 = 6,   // wgmma.sp (sm_90a), up to 256 rows x 32 tokens
     kWgmma64 = 7,
     kWgmma128 = 8,
-    kWgmma8 = 9,
-    kWgmma16 = 10,
 };
-constexpr int kW4A16Kernels = 11;
+constexpr int kW4A16Kernels = 9;
 
 struct W4A16Problem {
     const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned

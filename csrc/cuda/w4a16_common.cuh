@@ -18,11 +18,11 @@ constexpr int kUnits = kStep / 32;  // one unit: 16 rows x 32 columns, the shape
 constexpr int kRowBlock = kW4A16RowBlock;
 constexpr int kPanelBlocks = kW4A16Panel / kRowBlock;
 constexpr int kUnitBlocks = 64 / kRowBlock;  // rows of one wgmma
-constexpr int kCodeBytes = 512;      // per row block and step: 4 words per lane, one per unit
-constexpr int kPositionBytes = 256;  // 2 words per lane, one per pair of units
+constexpr int kCodeBytes = 512;              // per row block and step: 4 words per lane, one per unit
+constexpr int kPositionBytes = 256;          // 2 words per lane, one per pair of units
 
-// The workspace: a counter per block and two parts of a tile per block, of the kernels for any GPU; two parts per block of
-// the kernels for few tokens on Hopper.
+// The workspace: a counter per block and two parts of a tile per block, of the kernels for any GPU; two parts per block
+// of the kernels for few tokens on Hopper.
 constexpr size_t kPartBytes = kW4A16Panel * 32 * sizeof(float), kWordBytes = kW4A16Panel * 16 * sizeof(float);
 constexpr size_t words_offset(int sm_count) { return kW4A16CounterBytes + 2 * sm_count * kPartBytes; }
 
@@ -121,7 +121,8 @@ struct Walk {
     int bytes;
 
     __device__ __forceinline__ Walk(const Params& p, int block, int blocks, int step) {
-        const int panel = block / kPanelBlocks * kPanelBlocks, panel_blocks = min(kPanelBlocks, p.n / kRowBlock - panel);
+        const int panel = block / kPanelBlocks * kPanelBlocks,
+                  panel_blocks = min(kPanelBlocks, p.n / kRowBlock - panel);
         const int64_t at =
             static_cast<int64_t>(panel) * p.steps + static_cast<int64_t>(step) * panel_blocks + (block - panel);
         weight = p.weight + at * kBlockBytes<kGroups>;
@@ -244,9 +245,9 @@ __device__ __forceinline__ void init_barriers(uint32_t shared, int consumer_warp
 }
 
 // Copy what the block's work needs, as stages become free: producer 0 the weights, 1 and 2 the halves of the tokens, 3
-// the weights of a tile's rows that lie in the next panel, since one thread issuing all of it is slower than the memory.
-// `after_tile` runs when a tile's copies are issued. Weights do not depend on the previous kernel, so the first of them
-// are asked for before waiting for it.
+// the weights of a tile's rows that lie in the next panel, since one thread issuing all of it is slower than the
+// memory. `after_tile` runs when a tile's copies are issued. Weights do not depend on the previous kernel, so the first
+// of them are asked for before waiting for it.
 template <typename S, typename Work, int kGroups, typename AfterTile>
 __device__ __forceinline__ void produce_weights(const Params& p, uint32_t shared, bool next_panel,
                                                 AfterTile after_tile) {

@@ -131,8 +131,8 @@ __device__ __forceinline__ void consume(const Params& p, char* shared, Ready rea
             stage = stage + 1 == C::kStages ? 0 : stage + 1;
         }
         const Rows rows{static_cast<int>(threadIdx.x) / 32 * C::kI, 1};
-        finish_tile<T, C::kThreads>(p, acc, work.tile, work.begin, work.end, work.place(p), rows,
-                                    threadIdx.x, reinterpret_cast<int*>(shared + C::Memory::kLast));
+        finish_tile<T, C::kThreads>(p, acc, work.tile, work.begin, work.end, work.place(p), rows, threadIdx.x,
+                                    reinterpret_cast<int*>(shared + C::Memory::kLast));
     }
 }
 
@@ -150,8 +150,7 @@ __global__ __launch_bounds__(C::kThreads +
     __syncthreads();
     if (threadIdx.x >= C::kThreads) {
         if (threadIdx.x % 32 == 0) {
-            produce<S, typename C::Work, C::kGroups>(p, &token_map, address,
-                                                                    (threadIdx.x - C::kThreads) / 32, [] {});
+            produce<S, typename C::Work, C::kGroups>(p, &token_map, address, (threadIdx.x - C::kThreads) / 32, [] {});
         }
         return;
     }
@@ -239,7 +238,8 @@ struct Mma {
                 return w4a16::run<T, Config<kGroups, 2, 4, 8>>(problem, device, stream);
             case W4A16Kernel::kMma64:
                 // With four groups a step, twice the row blocks per warp do not fit the registers.
-                return w4a16::run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device, stream);
+                return w4a16::run<T, Config<kGroups, kGroups == 4 ? 1 : 2, 8, kGroups == 4 ? 8 : 4>>(problem, device,
+                                                                                                     stream);
             default:
                 return "w4a16_mma: not a kernel of this file";
         }

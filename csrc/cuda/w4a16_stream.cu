@@ -28,15 +28,14 @@ struct Config {
 
 // d = a (16 rows x 32 columns, 2:4) * b (32 columns x 8 tokens) + c
 template <typename T, int kSelector>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4],
-                                    const float (&c)[4], uint32_t positions) {
-#define VLLM_SPARSE_MMA(type)                                                                                      \
-    asm volatile(                                                                                                  \
-        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                                \
-        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%12, %13, %14, %15}, %16, %17;"             \
-        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                           \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "f"(c[0]),       \
-          "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(positions), "n"(kSelector))
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], const float (&c)[4],
+                                    uint32_t positions) {
+#define VLLM_SPARSE_MMA(type)                                                                                         \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type                          \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%12, %13, %14, %15}, %16, %17;"       \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "f"(c[0]), \
+                   "f"(c[1]), "f"(c[2]), "f"(c[3]), "r"(positions), "n"(kSelector))
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {
         VLLM_SPARSE_MMA("bf16");
     } else {
@@ -107,10 +106,10 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
 // ---- tiles cut by the edges of shares ------------------------------------------------------------------------------
 //
 // The blocks first ... last of a cut tile leave their parts in the workspace, and each adds up an equal share of the
-// tile, in the order of the blocks. A fence and a counter would cost three more trips to L2, beside the weights that the
-// next kernel asks for; instead every word says itself whether it is there: it is kAbsent before it is written and after
-// it is read. Waiting is safe because all blocks of a cut tile run at once: the grid is no larger than the device, and a
-// later kernel of the stream starts only after all of them have.
+// tile, in the order of the blocks. A fence and a counter would cost three more trips to L2, beside the weights that
+// the next kernel asks for; instead every word says itself whether it is there: it is kAbsent before it is written and
+// after it is read. Waiting is safe because all blocks of a cut tile run at once: the grid is no larger than the
+// device, and a later kernel of the stream starts only after all of them have.
 
 constexpr uint32_t kAbsent = 0xffffffffu;  // a NaN that no arithmetic gives
 

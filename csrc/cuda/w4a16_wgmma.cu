@@ -1,6 +1,6 @@
 // W4A16 2:4 sparse linear on Hopper's wgmma.sp (sm_90a): the sparse weights are dequantized in registers, the tokens
-// come from shared memory. Two consumer warpgroups of 128 rows each; while the tensor cores work on one 64-row half of
-// a warpgroup's step, the warpgroup dequantizes the other.
+// come from shared memory. A tile has up to 256 rows, dealt out to the consumer warpgroups in units of 64; while the
+// tensor cores work on one unit or step of a warpgroup, the warpgroup dequantizes the next.
 #include "w4a16_common.cuh"
 
 namespace vllm_sparse::w4a16 {
@@ -13,8 +13,8 @@ struct Config {
     static constexpr int kGroups = kGroups_;
     static constexpr int kTokens = kTokens_;
     static constexpr int kStages = kStages_;
-    // Units of 64 rows per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need; 2:
-    // two warpgroups of more registers, which many tokens need.
+    // Units of 64 rows per consumer warpgroup. 1: four warpgroups hide each other's latencies, which few tokens need;
+    // 2: two warpgroups of more registers, which many tokens need.
     static constexpr int kParts = kParts_;
     static constexpr int kBlocks = kPanelBlocks;
     static constexpr int kWarps = kBlocks / kParts;
@@ -60,7 +60,6 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
 }
 
 #define D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define D8(j) D4(j), D4(j + 1)
 #define D16(j) D4(j), D4(j + 1), D4(j + 2), D4(j + 3)
 #define WGMMA(shape, type, registers, outputs, A, B, E, S, P)                                                 \
     asm volatile("{\n.reg .pred accumulate;\n.reg .b64 tokens;\nsetp.ne.b32 accumulate, %" #P                 \
@@ -72,16 +71,12 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
                  : outputs                                                                                    \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(tokens), "r"(positions), "n"(kSelector),   \
                    "r"(accumulate))
-#define REGISTERS_4 "%0, %1, %2, %3"
-#define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
 #define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define REGISTERS_64                                                                   \
     REGISTERS_32                                                                       \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_8(type) WGMMA("8", type, REGISTERS_4, D4(0), "{%4, %5, %6, %7}", 8, 9, 10, 11)
-#define WGMMA_16(type) WGMMA("16", type, REGISTERS_8, D8(0), "{%8, %9, %10, %11}", 12, 13, 14, 15)
 #define WGMMA_32(type) WGMMA("32", type, REGISTERS_16, D16(0), "{%16, %17, %18, %19}", 20, 21, 22, 23)
 #define WGMMA_64(type) WGMMA("64", type, REGISTERS_32, D16(0) COMMA D16(4), "{%32, %33, %34, %35}", 36, 37, 38, 39)
 #define WGMMA_128(type)                                                                                              \
@@ -94,11 +89,7 @@ template <typename T, int kSelector, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4], uint32_t tokens, uint32_t positions,
                                       int accumulate) {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-    static_assert(kJ == 1 || kJ == 2 || kJ == 4 || kJ == 8 || kJ == 16);
-    if constexpr (kJ == 1 && kBf16) WGMMA_8("bf16");
-    if constexpr (kJ == 1 && !kBf16) WGMMA_8("f16");
-    if constexpr (kJ == 2 && kBf16) WGMMA_16("bf16");
-    if constexpr (kJ == 2 && !kBf16) WGMMA_16("f16");
+    static_assert(kJ == 4 || kJ == 8 || kJ == 16);
     if constexpr (kJ == 4 && kBf16) WGMMA_32("bf16");
     if constexpr (kJ == 4 && !kBf16) WGMMA_32("f16");
     if constexpr (kJ == 8 && kBf16) WGMMA_64("bf16");
@@ -175,8 +166,8 @@ __device__ __forceinline__ void store_remote(uint32_t address, int rank, const f
         : "memory");
 }
 
-// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles ("pieces"),
-// in the order of the slices.
+// Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles
+// ("pieces"), in the order of the slices.
 template <typename T, typename C>
 __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kParts][C::kJ][4], char* shared,
                                            const Place& place) {
@@ -239,8 +230,8 @@ struct Operand {
 
 // acc += one step of 64 rows. The group in flight that reads `operand` is the oldest of at most two.
 template <typename T, typename C>
-__device__ __forceinline__ void multiply(float (&acc)[C::kJ][4], Operand& operand, const char* packed,
-                                         uint32_t tokens, bool accumulate) {
+__device__ __forceinline__ void multiply(float (&acc)[C::kJ][4], Operand& operand, const char* packed, uint32_t tokens,
+                                         bool accumulate) {
     constexpr uint32_t kHalf = C::kTokenBytes / 2 / 16;
     operand.positions = load_positions(shared_address(packed) + kCodeBytes + 8 * (threadIdx.x % 32));
     const Block<C> block(packed, threadIdx.x % 32);
@@ -253,8 +244,8 @@ __device__ __forceinline__ void multiply(float (&acc)[C::kJ][4], Operand& operan
     wgmma_commit();
 }
 
-// This warpgroup's kActive units of a tile, `steps` steps; two groups of products are in flight, either of the two units
-// or of two steps. `weights`: its row blocks of a warp in the first stage.
+// This warpgroup's kActive units of a tile, `steps` steps; two groups of products are in flight, either of the two
+// units or of two steps. `weights`: its row blocks of a warp in the first stage.
 template <typename T, typename C, int kActive>
 __device__ __forceinline__ void multiply_steps(float (&acc)[C::kParts][C::kJ][4], Ring<C>& ring, int steps,
                                                const char* weights, bool never) {
@@ -401,7 +392,8 @@ void divide_work(Params& p, int forced_slices, const W4A16Device& device) {
         const int clusters = concurrent_clusters<T, C>(slices, device);
         const int least = (units + kMost - 1) / kMost;
         const int rounds = (least * p.token_tiles + clusters - 1) / clusters;
-        // Lower tiles fill the last round. In more than two rounds that gains nothing (measured: the power is the limit).
+        // Lower tiles fill the last round. In more than two rounds that gains nothing (measured: the power is the
+        // limit).
         int row_tiles = rounds > 2 ? least : rounds * clusters / p.token_tiles;
         if (row_tiles > units) row_tiles = units;
         Params tried = p;
@@ -432,10 +424,6 @@ struct Wgmma {
     template <typename T, int kGroups>
     static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
         switch (problem.kernel) {
-            case W4A16Kernel::kWgmma8:
-                return w4a16::run<T, Config<kGroups, 8, 12, 1>>(problem, device, stream);
-            case W4A16Kernel::kWgmma16:
-                return w4a16::run<T, Config<kGroups, 16, 10, 1>>(problem, device, stream);
             case W4A16Kernel::kWgmma32:
                 return w4a16::run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
             case W4A16Kernel::kWgmma64:

@@ -116,6 +116,18 @@ def test_reasons_against(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KERNEL.reason_against(spec(), device) is None
 
 
+def test_capturing_streams_do_not_share_a_workspace_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, made = torch.device("cuda", 0), {(0, -1): torch.empty(1), (0, -2): torch.empty(2)}
+    for capability, third in ((90, None), (80, made[0, -1])):
+        monkeypatch.setattr(cuda_w4a16, "_device", lambda index, capability=capability: (132, capability))
+        monkeypatch.setattr(cuda_w4a16, "_workspaces", made)
+        monkeypatch.setattr(cuda_w4a16, "_captured", {})
+        got = [cuda_w4a16._graph_workspace(device, stream) for stream in (7, 8, 7, 9, 10, 8)]
+        assert [id(w) for w in got] == [
+            id(w) for w in (made[0, -1], made[0, -2], made[0, -1], third, third, made[0, -2])
+        ]
+
+
 class Layer:
     """A weight prepared on the GPU, and its float64 reference."""
 

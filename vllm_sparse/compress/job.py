@@ -29,9 +29,7 @@ from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
-# Tokens of a batch. A CPU works out of its caches; refinement takes a step per batch, and many small ones lead further.
-_TOKENS_AT_ONCE = {"cuda": 8192, "cpu": 2048}
-_TOKENS_PER_STEP = 2048
+_BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}  # a CPU works out of its caches
 _Add = Callable[[str, Tensor], None]
 
 
@@ -43,7 +41,7 @@ class Job:
         self.recipe = recipe
         self.device = device
         self.phases = Phases(device)
-        self.batch_tokens = _TOKENS_PER_STEP if recipe.refine else _TOKENS_AT_ONCE.get(device.type, 8192)
+        self.batch_tokens = _BATCH_TOKENS.get(device.type, 8192)
         self._value_dtype = _source_dtype(checkpoint)
         self._model = BlockModel(checkpoint, device, _compute_dtype(device, self._value_dtype))
         patterns = (*ALWAYS_DENSE, *recipe.ignore)

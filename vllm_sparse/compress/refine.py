@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,72 +67,24 @@ def _train_kept(linear: nn.Linear, mask: Tensor) -> Any:
 
 
 class _Trainer:
-    """Adam on the weights of some layers of a block, with a learning rate that falls to zero.
-
-    On a GPU a step is hundreds of small kernels. The second step with inputs of one shape is captured in a CUDA graph,
-    and the later ones replay it.
-    """
+    """Adam on the weights of some layers of a block, with a learning rate that falls to zero."""
 
     def __init__(self, block: nn.Module, linears: Sequence[nn.Linear], steps: int) -> None:
         self._block, self._steps, self._done = block, steps, 0
-        self._cuda = linears[0].weight.is_cuda
-        device = linears[0].weight.device
         self._first = [_LEARNING_RATE * float(linear.weight.square().mean().sqrt()) for linear in linears]
-        groups = [
-            {"params": [linear.weight], "lr": torch.tensor(rate, device=device)}
-            for linear, rate in zip(linears, self._first, strict=True)
-        ]
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), capturable=self._cuda)
-        self._graphs: dict[torch.Size, _Graph | None] = {}
+        self._optimizer = torch.optim.Adam([{"params": [linear.weight]} for linear in linears], betas=(0.9, 0.95))
 
     def step(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
         """Learn from one batch; return the relative squared error before it, a tensor without dimensions."""
         for group, first in zip(self._optimizer.param_groups, self._first, strict=True):
-            group["lr"].fill_(first * (1 - self._done / self._steps))
+            group["lr"] = first * (1 - self._done / self._steps)
         self._done += 1
-        if not self._cuda:
-            return self._learn(call, x, target)
-        if x.shape not in self._graphs:
-            self._graphs[x.shape] = None
-            return self._warm_up(call, x, target)
-        graph = self._graphs[x.shape]
-        if graph is None:
-            graph = self._graphs[x.shape] = _Graph(lambda *batch: self._learn(call, *batch), x, target)
-        return graph.replay(x, target)
-
-    def _learn(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
         with torch.enable_grad():
             half = x.dtype != torch.float32
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
                 output = call.run(self._block, x)
             loss = (output.float() - target.float()).square().sum() / target.float().square().sum()
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
         return loss.detach()
-
-    def _warm_up(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
-        """Take a step on a stream of its own, as the capture that follows demands."""
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(side):
-            loss = self._learn(call, x, target)
-        torch.cuda.current_stream(x.device).wait_stream(side)
-        return loss
-
-
-class _Graph:
-    """A step captured once, with its own copies of the inputs."""
-
-    def __init__(self, learn: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: Tensor) -> None:
-        self._x, self._target = x.clone(), target.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = learn(self._x, self._target)
-
-    def replay(self, x: Tensor, target: Tensor) -> Tensor:
-        """Take the step with these inputs; return its loss."""
-        self._x.copy_(x)
-        self._target.copy_(target)
-        self._graph.replay()
-        return self._loss.clone()

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
+# A CUDA kernel with up to this many tokens may start while the one before it ends (programmatic dependent launch). With
+# more, its blocks take the multiprocessors from a kernel that still needs them: 9 % of a block's time at 2048 tokens on
+# an H200 (docs/decisions/0062).
+MOST_OVERLAPPED_TOKENS = 512
+
 _LIBRARY = torch.library.Library("vllm_sparse", "FRAGMENT")
 
 

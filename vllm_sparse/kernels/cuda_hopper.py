@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -93,7 +93,7 @@ def _linear(
         k,
         x.device.index,
         -1,  # the configuration is chosen by the sizes
-        True,
+        m <= MOST_OVERLAPPED_TOKENS,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
     return out

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -170,7 +170,7 @@ def _linear(
         x.device.index,
         sm_count,
         capability,
-        capability >= 90,
+        capability >= 90 and m <= MOST_OVERLAPPED_TOKENS,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
     return y

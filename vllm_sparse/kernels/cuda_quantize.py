@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.base import define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, define_op
 
 try:
     _cuda: Any = importlib.import_module("vllm_sparse._cuda")
@@ -41,7 +41,8 @@ def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scale = _quantize_fake(x)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     half = x.dtype == torch.float16
-    _cuda.fp8_quantize(x.data_ptr(), half, codes.data_ptr(), scale.data_ptr(), m, k, x.device.index, stream)
+    overlap = m <= MOST_OVERLAPPED_TOKENS
+    _cuda.fp8_quantize(x.data_ptr(), half, codes.data_ptr(), scale.data_ptr(), m, k, x.device.index, overlap, stream)
     return codes, scale
 
 

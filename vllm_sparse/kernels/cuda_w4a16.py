@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -25,6 +25,7 @@ STEP = 128  # input features of a packed step
 PANEL_BLOCKS = 16  # row blocks of a panel
 ROW_BLOCK = 16  # output features of a row block
 AUTO_KERNEL = -1
+WGMMA_32_KERNEL = 6  # on Hopper, without a workspace
 _COUNTER_BYTES = 4096  # zero at the workspace's beginning
 _ZERO_CODE = 8
 _PADDING_NIBBLES = 0x44
@@ -92,9 +93,10 @@ def _device(index: int) -> tuple[int, int]:
     return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
-_GRAPHS = -1  # in place of a stream
+_GRAPHS = (-1, -2)  # in place of a stream: graphs have workspaces of their own, for two streams of a graph
 _MOST_STREAMED = 16  # tokens; on Hopper more of them are multiplied by wgmma.sp, which needs no workspace
 _workspaces: dict[tuple[int, int], Tensor] = {}
+_captured: dict[tuple[int, int], int] = {}  # which of _GRAPHS a capturing stream has
 
 
 def _make_workspace(device: torch.device, stream: int) -> Tensor:
@@ -105,15 +107,29 @@ def _make_workspace(device: torch.device, stream: int) -> Tensor:
     return workspace
 
 
-def _workspace(device: torch.device, tokens: int) -> Tensor | None:
-    """Return the workspace of the current stream, or of all graphs while one is captured.
+def _graph_workspace(device: torch.device, stream: int) -> Tensor | None:
+    """Return the workspace of a capturing stream: memory first asked for now would be set up by the graph alone."""
+    key = (device.index, stream)
+    if key not in _captured:
+        taken = sum(index == device.index for index, _ in _captured)
+        if taken >= len(_GRAPHS):
+            if _device(device.index)[1] == 90:
+                return None
+            taken = 0  # no kernel does without
+        _captured[key] = _GRAPHS[taken]
+    return _workspaces[device.index, _captured[key]]
 
-    Memory first asked for during a capture would be set up by the graph alone, hence one workspace for graphs, made by
-    ``prepare``: graphs of one device must not be replayed at the same time.
+
+def _workspace(device: torch.device, tokens: int) -> Tensor | None:
+    """Return the workspace of the current stream; None if the kernel needs none, or there is none (Hopper alone).
+
+    Graphs share the workspaces that ``prepare`` makes: graphs of one device must not be replayed at the same time.
     """
     if tokens > _MOST_STREAMED and _device(device.index)[1] == 90:
         return None
-    stream = _GRAPHS if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if torch.cuda.is_current_stream_capturing():
+        return _graph_workspace(device, stream)
     found = _workspaces.get((device.index, stream))
     return _make_workspace(device, stream) if found is None else found
 
@@ -139,12 +155,12 @@ def _linear(
         k,
         group_size,
         x.dtype == torch.bfloat16,
-        AUTO_KERNEL,
+        WGMMA_32_KERNEL if workspace is None and m <= _MOST_STREAMED else AUTO_KERNEL,
         0,  # slices by the sizes
         x.device.index,
         sm_count,
         capability,
-        capability >= 90,
+        capability >= 90 and m <= MOST_OVERLAPPED_TOKENS,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
     return y
@@ -200,7 +216,8 @@ class CudaW4A16Kernel(Kernel):
         if not grouped:
             packed["channel_scale"] = weight.scales.float().flatten()
         if weight.values.is_cuda:
-            _make_workspace(weight.values.device, _GRAPHS)
+            for graphs in _GRAPHS:
+                _make_workspace(weight.values.device, graphs)
             # The kernel reads the weight before its predecessors in the stream have finished (programmatic dependent
             # launch), so whatever wrote the weight must have.
             torch.cuda.current_stream(weight.values.device).synchronize()
