@@ -19,7 +19,7 @@ Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # Only loggers below "vllm" print by default.
 logger = init_logger("vllm.vllm_sparse")
 
-TESTED_VERSIONS = ("0.26.0", "0.32.0")
+TESTED_VERSIONS = ("0.26.0", "0.28.0", "0.32.0")
 
 
 def vllm_version() -> str:
