@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "device_guard.h"
 #include "hopper_table.cuh"
 
 namespace vllm_sparse::hopper {
@@ -78,26 +79,6 @@ const char* prepare_device(int index, Element element, Device** device) {
     *device = &d;
     return d.error;
 }
-
-// Makes a device current while it lives.
-class DeviceGuard {
- public:
-    explicit DeviceGuard(int device) {
-        error = text(cudaGetDevice(&previous_));
-        if (error == nullptr && previous_ != device) {
-            error = text(cudaSetDevice(device));
-            changed_ = error == nullptr;
-        }
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(previous_);
-    }
-    const char* error;
-
- private:
-    int previous_ = 0;
-    bool changed_ = false;
-};
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

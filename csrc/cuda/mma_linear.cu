@@ -1,4 +1,5 @@
 // Which instance of the mma.sp kernel runs, and its launch.
+#include "device_guard.h"
 #include "mma_linear.cuh"
 
 namespace vllm_sparse::mma {
@@ -7,20 +8,6 @@ namespace {
 // Tokens of a tile by its index.
 constexpr int kTileTokens[] = {8, 16, 32, 64};
 constexpr int kMostBlocksPerSm = 2;
-
-class DeviceGuard {
- public:
-    explicit DeviceGuard(int device) : changed_(cudaGetDevice(&before_) == cudaSuccess && before_ != device) {
-        if (changed_) cudaSetDevice(device);
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
-    }
-
- private:
-    int before_ = 0;
-    bool changed_;
-};
 
 int round_up_divide(int a, int b) { return (a + b - 1) / b; }
 
@@ -150,6 +137,7 @@ const char* linear(const LinearProblem& problem, const LinearDevice& device, cud
         return "more than 512 multiprocessors";
     }
     const DeviceGuard guard(device.index);
+    if (guard.error != nullptr) return guard.error;
     const int tile = problem.tile < 0 ? choose_tile(problem, device) : problem.tile;
     const int blocks = problem.blocks_per_sm > 0 ? problem.blocks_per_sm : choose_blocks_per_sm(problem, device, tile);
     return run(problem, device, tile, blocks, stream);

@@ -6,6 +6,7 @@
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
+#include "device_guard.h"
 #include "hopper_ptx.cuh"
 #include "quantize.h"
 
@@ -126,10 +127,8 @@ const char* quantize(const QuantizeArguments& a, void* stream) {
     const int blocks =
         few_tokens ? (passes_of_one < kMostBlocks ? passes_of_one : kMostBlocks) : ceil_div(passes_of_one, kMostPasses);
     const int passes = ceil_div(passes_of_one, blocks);
-    int before = 0;
-    cudaError_t error = cudaGetDevice(&before);
-    if (error == cudaSuccess && before != a.device) error = cudaSetDevice(a.device);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    const DeviceGuard guard(a.device);
+    if (guard.error != nullptr) return guard.error;
     cudaLaunchAttribute attributes[2];
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(a.m * blocks);
@@ -144,10 +143,9 @@ const char* quantize(const QuantizeArguments& a, void* stream) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
         attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
     }
-    error = cudaLaunchKernelEx(&config, a.half ? kernel_of<true>(passes) : kernel_of<false>(passes),
-                               static_cast<const uint4*>(a.x), static_cast<uint2*>(a.codes), a.scale, a.k / kVector,
-                               blocks, few_tokens);
-    if (before != a.device) cudaSetDevice(before);
+    const cudaError_t error = cudaLaunchKernelEx(&config, a.half ? kernel_of<true>(passes) : kernel_of<false>(passes),
+                                                 static_cast<const uint4*>(a.x), static_cast<uint2*>(a.codes), a.scale,
+                                                 a.k / kVector, blocks, few_tokens);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

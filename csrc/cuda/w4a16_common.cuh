@@ -544,4 +544,12 @@ const char* dispatch(const W4A16Problem& problem, const W4A16Device& device, cud
                         : dispatch<Family, __half>(problem, device, stream);
 }
 
+// The four 8 x 8 tiles of tokens that one mma.sp takes.
+__device__ __forceinline__ void load_tokens(uint32_t (&b)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                 : "r"(address)
+                 : "memory");
+}
+
 }  // namespace vllm_sparse::w4a16

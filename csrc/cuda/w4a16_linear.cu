@@ -1,6 +1,7 @@
 // Which W4A16 kernel runs, as data.
 #include <climits>
 
+#include "device_guard.h"
 #include "w4a16_common.cuh"
 
 namespace vllm_sparse {
@@ -31,20 +32,6 @@ W4A16Kernel choose(const Choice (&table)[kRows], int tokens) {
     return table[kRows - 1].kernel;
 }
 
-class DeviceGuard {
- public:
-    explicit DeviceGuard(int device) : changed_(cudaGetDevice(&before_) == cudaSuccess && before_ != device) {
-        if (changed_) cudaSetDevice(device);
-    }
-    ~DeviceGuard() {
-        if (changed_) cudaSetDevice(before_);
-    }
-
- private:
-    int before_ = 0;
-    bool changed_;
-};
-
 }  // namespace
 
 size_t w4a16_workspace_bytes(int sm_count) { return w4a16::words_offset(sm_count) + 2 * sm_count * w4a16::kWordBytes; }
@@ -56,6 +43,7 @@ const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device,
     }
     if (device.sm_count > 1024) return "w4a16: more than 1024 multiprocessors";
     const DeviceGuard guard(device.index);
+    if (guard.error != nullptr) return guard.error;
     W4A16Problem chosen = problem;
     if (chosen.kernel == W4A16Kernel::kAuto) {
         chosen.kernel = device.capability == 90 ? choose(kHopper, problem.m) : choose(kPortable, problem.m);

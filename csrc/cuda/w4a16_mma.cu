@@ -41,13 +41,6 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 #undef VLLM_SPARSE_MMA
 }
 
-__device__ __forceinline__ void load_tokens(uint32_t (&b)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 // acc += weights of one step * tokens. `units`: how many of the step's four 32-column units lie inside k.
 template <typename T, typename C>
 __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], const char* weights, uint32_t tokens,

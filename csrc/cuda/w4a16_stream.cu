@@ -44,13 +44,6 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 #undef VLLM_SPARSE_MMA
 }
 
-__device__ __forceinline__ void load_tokens(uint32_t (&b)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                 : "r"(address)
-                 : "memory");
-}
-
 // acc += one step. No branch inside, so that the row blocks hide each other's latencies: columns beyond k meet tokens
 // that the copy engine has set to zero.
 template <typename T, typename C>
