@@ -16,7 +16,6 @@ import importlib
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,6 @@ class Row:
 
     kernel: str
     scheme: str
-    device: str
     bits: float  # of weight read per original weight
     build: Build
 
@@ -214,18 +212,18 @@ def _cusparselt_algorithms() -> int:
 
 # The one table: add a kernel here.
 ROWS: tuple[Row, ...] = (
-    Row("vllm-sparse", "fp8", "cuda", 5, sparse_hopper(FP8, "fp8")),
-    Row("torch-fp8", "fp8", "cuda", 8, torch_fp8),
-    Row("vllm-fp8", "fp8", "cuda", 8, vllm_dense(FP8)),
-    Row("cusparselt", "fp8", "cuda", 5, cusparselt(FP8)),
-    Row("vllm-sparse", "int8", "cuda", 5, sparse_hopper(torch.int8, "int8")),
-    Row("vllm-int8", "int8", "cuda", 8, vllm_dense(torch.int8)),
-    Row("vllm-sparse", "bf16", "cuda", 9, sparse_hopper(torch.bfloat16, "bf16")),
-    Row("torch-bf16", "bf16", "cuda", 16, torch_bf16),
-    Row("cusparselt", "bf16", "cuda", 9, cusparselt(torch.bfloat16)),
-    Row("vllm-sparse", "w4a16", "cuda", 3.125, sparse_w4a16),
-    Row("vllm-marlin", "w4a16", "cuda", 4.125, vllm_marlin),
-    Row("vllm-machete", "w4a16", "cuda", 4.125, vllm_machete),
+    Row("vllm-sparse", "fp8", 5, sparse_hopper(FP8, "fp8")),
+    Row("torch-fp8", "fp8", 8, torch_fp8),
+    Row("vllm-fp8", "fp8", 8, vllm_dense(FP8)),
+    Row("cusparselt", "fp8", 5, cusparselt(FP8)),
+    Row("vllm-sparse", "int8", 5, sparse_hopper(torch.int8, "int8")),
+    Row("vllm-int8", "int8", 8, vllm_dense(torch.int8)),
+    Row("vllm-sparse", "bf16", 9, sparse_hopper(torch.bfloat16, "bf16")),
+    Row("torch-bf16", "bf16", 16, torch_bf16),
+    Row("cusparselt", "bf16", 9, cusparselt(torch.bfloat16)),
+    Row("vllm-sparse", "w4a16", 3.125, sparse_w4a16),
+    Row("vllm-marlin", "w4a16", 4.125, vllm_marlin),
+    Row("vllm-machete", "w4a16", 4.125, vllm_machete),
 )
 
 
@@ -252,17 +250,6 @@ def time_graph(call: Call, copies: int, replays: int = REPLAYS) -> float:
     return statistics.median(times[2:])
 
 
-def time_wall(call: Call, copies: int, replays: int = REPLAYS) -> float:
-    """Return microseconds per call on the CPU: median over walks over all copies."""
-    times = []
-    for _ in range(replays + 1):
-        start = time.perf_counter()
-        for i in range(copies):
-            call(i)
-        times.append((time.perf_counter() - start) * 1e6 / copies)
-    return statistics.median(times[1:])
-
-
 def measure_read_tbps() -> float:
     """Return the bandwidth of one large reduction, in TB/s."""
     data = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
@@ -284,18 +271,16 @@ def measure(rows: Iterable[Row], models: list[str], tokens: list[int], read_tbps
         for layer, (n, k) in MODELS[model].items():
             for row in rows:
                 copies = max(2, -(-ROTATED_BYTES // int(n * k * row.bits / 8)))
-                timer = time_graph if row.device == "cuda" else time_wall
                 try:
                     with_tokens = row.build(n, k, copies)
                     for m in tokens:
-                        us = timer(with_tokens(m), copies)
+                        us = time_graph(with_tokens(m), copies)
                         line = {"kernel": row.kernel, "scheme": row.scheme, "model": model, "layer": layer}
                         results.append(line | {"m": m, "n": n, "k": k, "us": round(us, 3)})
                         print(f"{model:18} {layer:8}", describe(row, m, n, k, us, read_tbps), flush=True)
                 except (RuntimeError, ImportError, AttributeError) as error:
                     print(f"{model} {layer} {row.kernel}: {str(error).splitlines()[0]}", file=sys.stderr)
-                if row.device == "cuda":
-                    torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
     return results
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import OptionError
-from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.kernels.base import Kernel, define_op, pointer
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -52,10 +52,6 @@ def _format(name: str, panel_dtype: torch.dtype) -> Any:
     return _cpu.Format.fp16 if panel_dtype == torch.float16 else getattr(_cpu.Format, name)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _by_stripe(scales: Tensor) -> Tensor:
     """Lay ``[n, groups]`` out as ``[stripes, groups, 16]``, zeros for the channels that pad n."""
     channels: int = _cpu.CHANNELS
@@ -86,17 +82,17 @@ def _linear(
         k,
         max(group_size, 0),
         panels.data_ptr(),
-        _pointer(group_scales),
+        pointer(group_scales),
         _dtype(torch.float32 if group_scales is None else group_scales.dtype),
-        _pointer(channel_scales),
-        _pointer(sums),
+        pointer(channel_scales),
+        pointer(sums),
         x.data_ptr(),
         _dtype(x.dtype),
         m,
         x.stride(0),
-        _pointer(input_scale),
+        pointer(input_scale),
         y.data_ptr(),
-        _pointer(bias),
+        pointer(bias),
     )
     return y
 

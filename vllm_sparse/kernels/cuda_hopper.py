@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, pointer
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -59,10 +59,6 @@ def pack_bricks(values: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((chunks.view(torch.uint8), words.view(torch.uint8)), dim=-1)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _linear(
     x: Tensor,
     x_scale: Tensor | None,
@@ -81,11 +77,11 @@ def _linear(
         ELEMENTS.index(x.dtype),
         x.data_ptr(),
         (x.stride(0) if m > 1 else k) * x.element_size(),
-        _pointer(x_scale),
+        pointer(x_scale),
         x_scale is not None and x_scale.numel() > 1,
         weight.data_ptr(),
-        _pointer(weight_scale),
-        _pointer(bias),
+        pointer(weight_scale),
+        pointer(bias),
         out.data_ptr(),
         dtype == torch.float16,
         m,

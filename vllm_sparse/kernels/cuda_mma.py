@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, pointer
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -130,10 +130,6 @@ def _workspace(device: torch.device) -> Tensor:
     return _make_workspace(device, stream) if found is None else found
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _linear(
     x: Tensor,
     x_scale: Tensor | None,
@@ -152,11 +148,11 @@ def _linear(
     sm_count, capability = _device(x.device.index)
     _cuda.mma_linear(
         x.data_ptr(),
-        _pointer(x_scale),
+        pointer(x_scale),
         x_scale is not None and x_scale.numel() > 1,
         weight.data_ptr(),
-        _pointer(channel_scale),
-        _pointer(bias),
+        pointer(channel_scale),
+        pointer(bias),
         y.data_ptr(),
         _workspace(x.device).data_ptr(),
         m,
