@@ -51,6 +51,8 @@ struct Tile {
     static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
 
     static constexpr int THREADS = 128 * WARPGROUPS + 64;
+    // Arrivals that free a stage: every consumer thread's, and one per warp of the other blocks that share the tokens.
+    static constexpr int RELEASES = 4 * WARPGROUPS * (32 + CLUSTER - 1);
     static constexpr int X_BYTES = TOKENS * kBrickRowBytes * BRICKS;
     static constexpr int BRICK_BYTES = brick_bytes(Element::BYTES);
     static constexpr int W_SLICE = BRICK_BYTES * BRICKS;
@@ -431,7 +433,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         if (thread == 0) {
             for (int s = 0; s < T::STAGES; ++s) {
                 ptx::barrier_init(full + s * 8, 2);
-                ptx::barrier_init(empty + s * 8, 4 * T::WARPGROUPS * T::CLUSTER);
+                ptx::barrier_init(empty + s * 8, T::RELEASES);
             }
             if constexpr (T::SPLIT > 1) {
                 ptx::barrier_init(exchange_barriers, 1);
@@ -466,12 +468,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         Ring<T::STAGES> ring(0);
         Exchange<T> exchange{reinterpret_cast<typename Exchange<T>::Four*>(exchange_buffer), exchange_barriers,
                              exchange_barriers + 8, split_rank, rank};
+        // Every lane has read its own metadata and arrives for itself. One lane for all 32 would be no faster, and
+        // racecheck does not see what it orders (decision 0065). The other blocks' stages hold tokens for this one's
+        // multiplications alone, which are the warp's: one lane tells each.
         const auto release = [&](int stage) {
-            __syncwarp();  // every lane has read its metadata
-            if constexpr (T::CLUSTER == 1) {
-                if (lane == 0) ptx::barrier_arrive(empty + stage * 8);
-            } else {
-                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + stage * 8, split_rank * T::CLUSTER + lane);
+            ptx::barrier_arrive(empty + stage * 8);
+            if constexpr (T::CLUSTER > 1) {
+                __syncwarp();
+                if (lane > 0 && lane < T::CLUSTER) {
+                    const int other = split_rank * T::CLUSTER + (rank + lane) % T::CLUSTER;
+                    ptx::barrier_arrive_remote(empty + stage * 8, other);
+                }
             }
         };
         const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {

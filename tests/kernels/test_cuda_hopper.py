@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels import cuda_hopper
-from vllm_sparse.kernels.base import Kernel
+from vllm_sparse.kernels.base import Kernel, pointer
 from vllm_sparse.kernels.cuda_hopper import ELEMENTS, CudaBf16Kernel, CudaFp8Kernel, CudaInt8Kernel, pack_bricks
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight
@@ -25,6 +26,7 @@ PAIRS = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 # Rounding to bf16 (2^-9 at most, 2^-10 or so on average) dominates; the tensor cores' own rounding of sums adds less.
 TOLERANCE = 3e-3
 EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 192, 255, 256, 257, 300, 511, 512, 1025)
+INSTRUCTIONS = {"fp8": "QGMMA", "int8": "IGMMA", "bf16": "HGMMA", "fp16": "HGMMA"}
 UNITS = {FP8: "fp8", INT8: "int8", BF16: "bf16", FP16: "fp16"}
 every_element = pytest.mark.parametrize("element", ELEMENTS, ids=UNITS.values())
 
@@ -196,6 +198,13 @@ def test_says_that_it_needs_a_cuda_device_and_the_module(monkeypatch: pytest.Mon
     assert reason == "the extension module vllm_sparse._cuda is not built (no such file)"
 
 
+def cuobjdump() -> str | None:
+    """Return the toolkit's, or the one that comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    folders = [] if triton is None or triton.origin is None else [Path(triton.origin).parent / "backends/nvidia/bin"]
+    return shutil.which("cuobjdump") or next((p for f in folders if (p := shutil.which("cuobjdump", path=f))), None)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("unit", UNITS.values())
 def test_the_compiler_neither_spills_nor_serializes(unit: str, tmp_path: Path) -> None:
@@ -208,6 +217,15 @@ def test_the_compiler_neither_spills_nor_serializes(unit: str, tmp_path: Path) -
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) >= 10
     assert set(spills) == {("0", "0")}
+    disassembler = cuobjdump()
+    if disassembler is None:
+        pytest.skip("no spills and nothing serialized; cuobjdump, which shows the instructions, is not installed")
+    command = [disassembler, "-sass", str(tmp_path / "kernels.cubin")]
+    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    functions = sass.split("Function : ")[1:]
+    assert len(functions) == len(spills)
+    assert all(f"{INSTRUCTIONS[unit]}.SP." in function for function in functions)
+    assert not re.search(r"\b(LDL|STL)\b", sass)  # local memory
 
 
 @pytest.mark.skipif(cuda_hopper._cuda is None, reason="vllm_sparse._cuda is not built")
@@ -267,8 +285,8 @@ class TestOnGpu:
                 x, x_scale = (None if t is None else t.cuda() for t in codes(m, 1184, element, integers=True))
                 out = torch.full((m, 336), float("nan"), dtype=layer.spec.dtype, device="cuda")
                 module.hopper_linear(
-                    number, x.data_ptr(), 1184 * x.element_size(), cuda_hopper._pointer(x_scale), m > 1,
-                    layer.packed["weight_packed"].data_ptr(), cuda_hopper._pointer(layer.packed.get("weight_scale")),
+                    number, x.data_ptr(), 1184 * x.element_size(), pointer(x_scale), m > 1,
+                    layer.packed["weight_packed"].data_ptr(), pointer(layer.packed.get("weight_scale")),
                     0, out.data_ptr(), False, m, 336, 1184, 0, index, m % 2 == 0,
                     torch.cuda.current_stream().cuda_stream,
                 )  # fmt: skip
@@ -349,7 +367,18 @@ class TestOnGpu:
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
         layer = Layer(random_weight(320, 512, element), device="cuda:1")
-        assert layer.error(*codes(40, 512, element)) < TOLERANCE
+        first = Layer(random_weight(320, 512, element))
+        stream = torch.cuda.Stream("cuda:1")
+        for m in (1, 40, 300):
+            x, x_scale = codes(m, 512, element)
+            assert layer.error(x, x_scale) < TOLERANCE
+            here, there = first(x, x_scale), layer(x, x_scale)
+            assert torch.equal(here.cpu(), there.cpu())
+            stream.wait_stream(torch.cuda.current_stream("cuda:1"))
+            with torch.cuda.stream(stream):
+                aside = layer(x, x_scale)
+            stream.synchronize()
+            assert torch.equal(aside, there)
         assert torch.cuda.current_device() == 0
 
     def test_op_is_sound(self, element: torch.dtype) -> None:
