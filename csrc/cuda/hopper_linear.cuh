@@ -23,6 +23,8 @@ struct KernelArguments {
     const uint8_t* weight;
     const float* weight_scale;
     const float* x_scale;
+    const int* x_zero;
+    const int* weight_sum;
     const void* bias;
     void* out;
     int m, n;
@@ -197,6 +199,20 @@ struct Converter {
         }
     }
 };
+
+// The sum of (x - zero) * w is that of x * w less zero times the sum of w, exactly. `feature` is this thread's first.
+template <typename T>
+__device__ void subtract_zero_points(const KernelArguments& args, int feature, int token_begin, int lane,
+                                     int (&d)[T::ACCUMULATORS]) {
+    const int low = args.weight_sum[min(feature, args.n - 1)], high = args.weight_sum[min(feature + 8, args.n - 1)];
+#pragma unroll
+    for (int t = 0; t < T::OUT_TOKENS; t += 4) {
+        const int token = token_begin + t / 8 * 8 + 2 * (lane % 4) + t % 8 / 4;
+        const int zero = args.x_zero[min(token, args.m - 1) * args.x_scale_stride];
+        d[t / 8 * 4 + t % 8 / 4] -= zero * low;
+        d[t / 8 * 4 + t % 8 / 4 + 2] -= zero * high;
+    }
+}
 
 // One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
 template <typename T, typename Out>
@@ -539,6 +555,10 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
                 ptx::sync_warpgroup(1 + warpgroup);
                 const int warp = thread / 32;
+                if constexpr (std::is_same_v<typename T::Sum, int>) {
+                    const int feature = feature_begin + warp * 16 + lane / 4;
+                    if (args.x_zero != nullptr) subtract_zero_points<T>(args, feature, token_begin, lane, d);
+                }
                 const bool half = T::SCALED ? args.half_out : std::is_same_v<typename T::Element, wgmma::Float16>;
                 if (half) {
                     finish(Converter<T, ToFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);
