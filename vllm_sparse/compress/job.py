@@ -47,7 +47,8 @@ class Job:
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
         self.chosen = [name for name in blocks if not is_ignored(name, patterns)]
         linears = self._model.all_linears()
-        self.dense = tuple(self.file_name(name) for name in linears if name not in set(self.chosen))
+        dense = [name for name in linears if name not in set(self.chosen)] + self._model.routers()
+        self.dense = tuple(self.file_name(name) for name in dense)
         self._check_layers(linears)
         scheme = get_scheme(recipe.scheme)
         spec = LinearSpec(scheme, 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
@@ -129,7 +130,12 @@ class Job:
         """Return the bytes of all tensors that a run writes."""
         linears = self._model.all_linears()
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
-        total = sum(self._bytes_written(name) for name in self.checkpoint.tensors if name not in compressed)
+        copied = (name for name in self.checkpoint.tensors if name not in compressed | self._model.packed.keys())
+        total = sum(self._bytes_written(name) for name in copied)
+        for packed, parts in self._model.packed.items():
+            experts = self.checkpoint.tensors[packed].shape[0]
+            for part in (part for name, part in parts.items() if name not in compressed):
+                total += self._bytes_written(packed) // experts // (1 if part.rows == slice(None) else 2)
         for layer in self.chosen:
             n, k = linears[layer].out_features, linears[layer].in_features
             total += self.output.nbytes(layer, n, k)
@@ -257,7 +263,13 @@ class Job:
             if name in compressed or self._is_tied_head(name):
                 continue
             tensor = self.checkpoint.load(name)
-            writer.add(name, tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor)
+            tensor = tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor
+            if (parts := self._model.packed.get(name)) is None:
+                writer.add(name, tensor)
+                continue
+            for own, part in parts.items():
+                if own not in compressed:
+                    writer.add(own, tensor[part.expert, part.rows])
         if (quantization := self.output.config()) is not None:
             config["quantization_config"] = quantization
         config.pop("torch_dtype", None)
