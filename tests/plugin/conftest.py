@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.plugin.agreement import Continuation, table
+from tests.plugin.agreement import Continuation
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -50,14 +50,6 @@ def continuation(output: Any) -> Continuation:
     tokens = list(output.token_ids)
     assert len(tokens) == NEW_TOKENS
     return Continuation(tokens, [of[token].logprob for token, of in zip(tokens, output.logprobs, strict=True)])
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """End a run with the table of formats, schemes, and how far vLLM was from the reference."""
-    lines = table()
-    if lines:
-        terminalreporter.section("vLLM on the CPU against the reference, log-probabilities of greedy tokens")
-        terminalreporter.write("\n".join(lines) + "\n")
 
 
 class Session:
