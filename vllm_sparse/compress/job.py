@@ -22,6 +22,7 @@ from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
+from vllm_sparse.compress.smooth import smooth
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.names import is_ignored
@@ -160,6 +161,9 @@ class Job:
             with self.phases("propagate"):
                 state.advance_targets(index, block)
         batches = state.batches(index)
+        if recipe.smooth:
+            with self.phases("smooth"):
+                self._smooth(index, block, linears, batches, add)
         pruned: Iterable[tuple[Pruned, Inputs]] = self._pruned(block, linears, batches)
         if recipe.refine:
             groups = [group for group, _ in pruned]
@@ -188,6 +192,9 @@ class Job:
                 state.advance_targets(index, block)
             with safe_open(shard, framework="pt") as handle:
                 names = list(handle.keys())
+                for name, parameter in block.named_parameters():  # what smoothing changed
+                    if (file_name := self._model.file_name(f"{self._model.prefix}.{index}.{name}")) in names:
+                        parameter.copy_(handle.get_tensor(file_name))
                 for report in reports:
                     layer = self.file_name(report.name)
                     own = [name for name in names if name.rpartition(".")[0] == layer]
@@ -234,6 +241,22 @@ class Job:
                 inputs = Inputs(h, tokens, self.recipe, ", ".join(names), hessians.largest(names[0]))
             yield names, inputs
 
+    def _smooth(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        add: _Add,
+    ) -> None:
+        """Move large activations into the weights, and write what changed besides the layers that become 2:4."""
+        prefix = f"{self._model.prefix}.{index}."
+        for name, value in smooth(block, prefix, linears.values(), batches, self.recipe.smooth).items():
+            if name.removesuffix(".weight") not in linears:
+                file_name = self._model.file_name(name)
+                dtype = self.checkpoint.tensors[file_name].dtype
+                add(file_name, value.to(self._value_dtype if dtype == torch.float32 else dtype))
+
     def _refine(
         self,
         index: int,
@@ -257,10 +280,10 @@ class Job:
 
     def finish(self, writer: CheckpointWriter) -> int:
         """Write everything that is not a 2:4 layer; return the bytes of all tensors written."""
-        config = dict(self.checkpoint.config)
+        config, written = dict(self.checkpoint.config), writer.names
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
         for name, info in self.checkpoint.tensors.items():
-            if name in compressed or self._is_tied_head(name):
+            if name in compressed or name in written or self._is_tied_head(name):
                 continue
             tensor = self.checkpoint.load(name)
             tensor = tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor

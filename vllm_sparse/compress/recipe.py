@@ -29,6 +29,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "pattern": (str,),
     "format": (str,),
     "activation": (str,),
+    "smooth": (int, float),
     "group_size": (int, type(None)),
     "iterations": (int, type(None)),
     "dampening": (int, float),
@@ -49,6 +50,7 @@ class Recipe:
         pattern: 2:4, another N:M (N kept of every M), or the share of zeros, such as 0.5.
         format: what is written: sparse24, or dense, with its zeros, which stock vLLM and transformers load.
         activation: dynamic, or static: one scale per layer, from calibration (fp8 and int8).
+        smooth: strength of SmoothQuant, 0 to 1; 0 for none.
         pruner: how the mask is chosen; "none" takes a model that is pruned already.
         quantizer: gptq, rtn, or joint (SparseGPT's own pass, which prunes and rounds together).
         group_size: input features per scale; None: 128 for weight-only schemes, per channel for the others.
@@ -67,6 +69,7 @@ class Recipe:
     pattern: str = "2:4"
     format: str = "sparse24"
     activation: str = "dynamic"
+    smooth: float = 0.0
     pruner: str = "admm"
     quantizer: str = "gptq"
     group_size: int | None = None
@@ -99,8 +102,9 @@ class Recipe:
         for name, least in (("num_samples", 1), ("seq_len", 1), ("refine", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.dampening <= 1:
-            raise OptionError(f"dampening must be between 0 and 1, got {self.dampening}")
+        for name in ("dampening", "smooth"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         object.__setattr__(self, "group_size", size)
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.iterations is None:
@@ -140,9 +144,8 @@ class Recipe:
         """Whether any step looks at the inputs of a layer."""
         rounds_by_inputs = get_scheme(self.scheme).scaled and self.quantizer != "rtn"
         prunes_by_inputs = self.pruner in ("admm", "sparsegpt", "wanda")
-        return (
-            prunes_by_inputs or rounds_by_inputs or self.squares_iterations > 0 or self.refine > 0 or self.static_input
-        )
+        others = self.squares_iterations > 0 or self.refine > 0 or self.static_input or self.smooth > 0
+        return prunes_by_inputs or rounds_by_inputs or others
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that a YAML recipe may hold."""

@@ -50,8 +50,8 @@ class Report:
         bytes_before, bytes_after: size of all tensors.
         verification: see ``Verification``.
         seconds: wall time.
-        phases: seconds by phase: load, calibrate (the passes that accumulate H), prune (mask and least squares),
-            refine, quantize, write, propagate, verify.
+        phases: seconds by phase: load, smooth, calibrate (the passes that accumulate H), prune (mask and least
+            squares), refine, quantize, write, propagate, verify.
         peak_device_bytes: the most memory that tensors held on the GPU, by phase; empty on a CPU.
         versions: of this package, torch and transformers.
     """
