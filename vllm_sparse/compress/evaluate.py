@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_sparse.compress.grid import round_codes
-from vllm_sparse.errors import FormatError
-from vllm_sparse.formats import detect
+from vllm_sparse.compress.output import read_dense
+from vllm_sparse.errors import FormatError, NotSparseError
+from vllm_sparse.formats import Format, detect
 from vllm_sparse.formats.checkpoint import Checkpoint
+from vllm_sparse.formats.compressed_tensors import CompressedTensorsFormat
 from vllm_sparse.scheme import Scheme
 
 
 def load_dense(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """Return the model in ``path``, dense or in a format of ours, with dequantized float32 weights.
 
-    Layers of a scheme that quantizes activations round their inputs as the kernels do, one scale per token.
+    Layers of a scheme that quantizes activations round their inputs as the kernels do.
 
     Raises:
         FormatError: the checkpoint is broken or in another format.
@@ -39,10 +42,11 @@ def load_dense(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         scheme = form.scheme_of(name) if form is not None and isinstance(module, nn.Linear) else None
         if form is not None and scheme is not None and own:
             tensors = {last: checkpoint.load(key) for last, key in own.items()}
-            state[f"{name}.weight"] = form.to_weight(name, tensors, [module.out_features]).to_dense()
+            input_scale = tensors.get("input_scale")
+            state[f"{name}.weight"] = _dense_of(form, name, tensors)
             own = {last: key for last, key in own.items() if last == "bias"}
             if scheme.activation is not None:
-                module.register_forward_pre_hook(_round_input(scheme))
+                module.register_forward_pre_hook(_round_input(scheme, input_scale))
         state |= {f"{name}.{last}" if name else last: checkpoint.load(key).float() for last, key in own.items()}
     missing = model.load_state_dict(state, strict=False).missing_keys
     head = model.get_output_embeddings()
@@ -63,12 +67,27 @@ def negative_log_likelihood(model: nn.Module, tokens: Tensor, batch: int = 4) ->
     return torch.cat(rows).double().cpu()
 
 
-def _round_input(scheme: Scheme) -> Any:
-    """Return a hook that rounds each token's input to ``scheme.activation`` codes times one scale, as at run time."""
+def _dense_of(form: Format, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the dequantized weight of a layer, 2:4 or stored dense in another pattern."""
+    try:
+        return form.to_weight(name, tensors).to_dense()
+    except NotSparseError:
+        assert isinstance(form, CompressedTensorsFormat)  # no other quantized format may hold another pattern
+        group = form.our_group(name)
+        assert group.scheme is not None  # else it would not have been asked
+        return read_dense(tensors, group.scheme, group.group_size).to_dense()
+
+
+def _round_input(scheme: Scheme, input_scale: Tensor | None) -> Any:
+    """Return a hook that rounds inputs to ``scheme.activation`` codes times one scale, as at run time.
+
+    Args:
+        input_scale: of all tokens; None for one for each token.
+    """
     largest = 448.0 if scheme.activation == torch.float8_e4m3fn else 127.0
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
+        scale = args[0].abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest if input_scale is None else input_scale
         return (round_codes(args[0] / scale, scheme) * scale,)
 
     return hook

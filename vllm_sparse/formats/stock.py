@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vllm_sparse.scheme import SCHEMES
-from vllm_sparse.weight import LinearSpec, Sparse24Weight
+from vllm_sparse.scheme import SCHEMES, Scheme
+from vllm_sparse.weight import LinearSpec
 
 _FORMAT = {"fp8": "float-quantized", "int8": "int-quantized", "w4a16": "pack-quantized", "w8a16": "pack-quantized"}
+
+
+class Quantized(Protocol):
+    """What is written of a weight: a ``Sparse24Weight``, or another with the same attributes."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def scales(self) -> Tensor | None: ...
+    @property
+    def input_scale(self) -> Tensor | None: ...
+    def to_dense_codes(self) -> Tensor: ...
 
 
 def pack_columns(codes: Tensor, bits: int) -> Tensor:
@@ -23,7 +35,7 @@ def pack_columns(codes: Tensor, bits: int) -> Tensor:
     return unsigned.contiguous().view(torch.int32)
 
 
-def dense_tensors(weight: Sparse24Weight) -> dict[str, Tensor]:
+def dense_tensors(weight: Quantized) -> dict[str, Tensor]:
     """Return the tensors of a layer, by the last part of their names; the values are the same bit by bit."""
     codes = weight.to_dense_codes()
     if weight.scales is None:
