@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iterations", type=int, help="of least squares on the kept weights (default 20; 0 for none)")
     parser.add_argument("--dampening", type=float, help="share of H's mean diagonal added to it (default 0.01)")
     parser.add_argument("--refine", type=int, help="training steps per block on the kept weights (default 0)")
+    parser.add_argument("--generate", type=int, help="sequences that the dense model writes itself, added (default 0)")
     parser.add_argument("--ignore", nargs="+", help="layers that stay dense: names, or re: and a regular expression")
     parser.add_argument("--calibration", help="text file, directory, .jsonl file or Hugging Face dataset id")
     parser.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")

@@ -34,6 +34,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "iterations": (int, type(None)),
     "dampening": (int, float),
     "refine": (int,),
+    "generate": (int,),
     "ignore": (list, tuple),
     "num_samples": (int,),
     "seq_len": (int,),
@@ -57,6 +58,8 @@ class Recipe:
         iterations: of least squares on the kept weights; None: 20 after a pruner that looks at inputs, else 0.
         dampening: share of the mean diagonal added to H.
         refine: training steps per block on the kept weights, against the dense block's output.
+        generate: sequences that the dense model writes itself, added to the calibration ones. Training on few
+            sequences learns them by heart.
         ignore: layers that stay dense, by exact name or ``re:`` and a regular expression, besides ``ALWAYS_DENSE``.
         num_samples, seq_len: calibration sequences and their length in tokens.
         seed: of the choice of sequences.
@@ -76,6 +79,7 @@ class Recipe:
     iterations: int | None = None
     dampening: float = 0.01
     refine: int = 0
+    generate: int = 0
     ignore: tuple[str, ...] = ()
     num_samples: int = 128
     seq_len: int = 512
@@ -99,7 +103,7 @@ class Recipe:
         if size not in (GROUP_SIZES if scheme.grouped else (-1,)):
             wanted = ", ".join(map(str, GROUP_SIZES)) if scheme.grouped else "-1, since it has one scale per channel"
             raise OptionError(f"group size {size} does not fit scheme {scheme.name}: expected {wanted}")
-        for name, least in (("num_samples", 1), ("seq_len", 1), ("refine", 0)):
+        for name, least in (("num_samples", 1), ("seq_len", 1), ("refine", 0), ("generate", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("dampening", "smooth"):
