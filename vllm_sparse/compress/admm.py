@@ -40,8 +40,8 @@ def admm(weight: Tensor, h: Tensor, choose: Choose = keep_two_of_four) -> tuple[
         shifted = unit.clone()
         shifted.diagonal().add_(penalty)
         root = _inverse_triangle(torch.linalg.cholesky(shifted))
-        inverse = root.T @ root
         with _fast_products(weight.device):
+            inverse = root.T @ root
             for _ in range(_STEPS):
                 right = torch.add(target, pruned, alpha=penalty).sub_(multiplier)
                 # V + multiplier / penalty, whose largest entries D keeps; the multiplier becomes what D leaves.

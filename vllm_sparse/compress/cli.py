@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", help=f"{', '.join(OUTPUTS)} (default sparse24); dense loads without this package")
     parser.add_argument("--activation", help=f"{', '.join(ACTIVATIONS)} scales for fp8 and int8 (default dynamic)")
     parser.add_argument("--smooth", type=float, help="strength of SmoothQuant, such as 0.5 (default 0, none)")
+    parser.add_argument(
+        "--keep-dense", help="rule:amount for layers to leave dense, such as owl:0.1 (of the weights) or kurtosis:5"
+    )
     parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default admm)")
     parser.add_argument("--quantizer", help=f"{', '.join(QUANTIZERS)} (default gptq)")
     parser.add_argument(
@@ -29,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iterations", type=int, help="of least squares on the kept weights (default 20; 0 for none)")
     parser.add_argument("--dampening", type=float, help="share of H's mean diagonal added to it (default 0.01)")
     parser.add_argument("--refine", type=int, help="training steps per block on the kept weights (default 0)")
+    parser.add_argument("--generate", type=int, help="sequences that the dense model writes itself, added (default 0)")
     parser.add_argument("--ignore", nargs="+", help="layers that stay dense: names, or re: and a regular expression")
     parser.add_argument("--calibration", help="text file, directory, .jsonl file or Hugging Face dataset id")
     parser.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")

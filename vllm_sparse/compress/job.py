@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from vllm_sparse.compress.calibrate import BlockHessians
+from vllm_sparse.compress.calibrate import BlockHessians, Group
 from vllm_sparse.compress.calibration import fingerprint, load_calibration
+from vllm_sparse.compress.generate import generate
+from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.manifest import Manifest
 from vllm_sparse.compress.model import BlockCall, BlockModel
@@ -22,7 +25,9 @@ from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
+from vllm_sparse.compress.sensitivity import choose_dense
 from vllm_sparse.compress.smooth import smooth
+from vllm_sparse.compress.staged import StagedBlock, find_leaders
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.names import is_ignored
@@ -30,6 +35,7 @@ from vllm_sparse.scheme import check_group_size, get_scheme
 from vllm_sparse.weight import LinearSpec
 
 _BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}  # a CPU works out of its caches
+_STAGED_BYTES = 4 << 30  # of the inputs of the widest layer, which a pass in stages holds for all tokens
 _Add = Callable[[str, Tensor], None]
 
 
@@ -41,21 +47,43 @@ class Job:
         self.recipe = recipe
         self.device = device
         self.phases = Phases(device)
+        self._leaders: dict[tuple[str, ...], dict[str, str]] = {}
         self.batch_tokens = _BATCH_TOKENS.get(device.type, 8192)
         self._value_dtype = _source_dtype(checkpoint)
         self._model = BlockModel(checkpoint, device, _compute_dtype(device, self._value_dtype))
         patterns = (*ALWAYS_DENSE, *recipe.ignore)
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
-        self.chosen = [name for name in blocks if not is_ignored(name, patterns)]
-        linears = self._model.all_linears()
-        dense = [name for name in linears if name not in set(self.chosen)] + self._model.routers()
+        self.kept: tuple[Kept, ...] = ()
+        self._choose([name for name in blocks if not is_ignored(name, patterns)])
+
+    def _choose(self, layers: list[str]) -> None:
+        """Decide that ``layers`` are compressed and the others are not."""
+        self.chosen, recipe, linears = layers, self.recipe, self._model.all_linears()
+        dense = [name for name in linears if name not in set(layers)] + self._model.routers()
         self.dense = tuple(self.file_name(name) for name in dense)
         self._check_layers(linears)
-        scheme = get_scheme(recipe.scheme)
-        spec = LinearSpec(scheme, 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
-        files = [self.file_name(name) for name in self.chosen]
-        pattern = recipe.mask_pattern
-        self.output = make_output(recipe.format, spec, recipe.scale_dtype, pattern, files, self.dense)
+        spec = LinearSpec(get_scheme(recipe.scheme), 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
+        files = [self.file_name(name) for name in layers]
+        self.output = make_output(recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense)
+
+    @torch.no_grad()
+    def keep_dense(self, tokens: Tensor | None) -> None:
+        """Take those layers out that the recipe's rule keeps dense, as the dense model's own inputs show."""
+        if not self.recipe.keep_dense or tokens is None:
+            return
+        linears = self._model.all_linears()
+
+        def extra_bytes(layer: str) -> int:
+            n, k = linears[layer].out_features, linears[layer].in_features
+            return self._bytes_written(f"{self.file_name(layer)}.weight") - self.output.nbytes(layer, n, k)
+
+        with self.phases("keep dense"):
+            model = BlockModel(self.checkpoint, self.device, _compute_dtype(self.device, self._value_dtype))
+            batches = tokens.split(max(1, self.batch_tokens // tokens.shape[1]))
+            rule = KeepDense.parse(self.recipe.keep_dense)
+            self.kept = choose_dense(rule, model, self.chosen, batches, extra_bytes)
+        dense = {name for kept in self.kept for name in kept.layers}
+        self._choose([name for name in self.chosen if name not in dense])
 
     def file_name(self, layer: str) -> str:
         """Return what the checkpoint calls a layer."""
@@ -75,9 +103,15 @@ class Job:
         if tokens.dim() != 2 or not tokens.numel():
             raise OptionError(f"calibration tokens must be [samples, length] and not empty, got {list(tokens.shape)}")
         self._check_length(tokens.shape[1])
+        if recipe.generate:
+            with self.phases("generate"):
+                dtype = _compute_dtype(self.device, self._value_dtype)
+                own = generate(self.checkpoint.path, tokens, recipe.generate, self.device, dtype, recipe.seed)
+            tokens = torch.cat([tokens, own])
         return tokens, {
             "source": "token ids" if isinstance(source, Tensor) else str(source),
             "sequences": tokens.shape[0],
+            "generated": recipe.generate,
             "tokens": tokens.numel(),
             "sha256": fingerprint(tokens),
         }
@@ -164,24 +198,74 @@ class Job:
         if recipe.smooth:
             with self.phases("smooth"):
                 self._smooth(index, block, linears, batches, add)
-        pruned: Iterable[tuple[Pruned, Inputs]] = self._pruned(block, linears, batches)
-        if recipe.refine:
-            groups = [group for group, _ in pruned]
-            with self.phases("refine"):
-                progress.say(self._refine(index, block, linears, groups, batches, state.targets))
-            pruned = self._with_inputs(groups, block, linears, batches)
+        if self._in_stages(batches):
+            outputs = index + 1 < self.blocks
+            staged = StagedBlock(
+                block, linears, batches, self._find_leaders(block, linears, batches[0]), recipe.static_input, outputs
+            )
+            try:
+                yield from self._write(self._pruned(linears, self._staged_groups(staged)), linears, add, progress)
+                if outputs:
+                    state.replace(staged.outputs())
+            finally:
+                staged.close()
+        else:
+            pruned = self._pruned(linears, self._groups(block, linears, batches))
+            if recipe.refine:
+                groups = [group for group, _ in pruned]
+                with self.phases("refine"):
+                    progress.say(self._refine(index, block, linears, groups, batches, state.targets))
+                pruned = self._with_inputs(groups, self._groups(block, linears, batches))
+            yield from self._write(pruned, linears, add, progress)
+            if index + 1 < self.blocks:
+                with self.phases("propagate"):
+                    state.advance(index, block)
+        self._model.release(index)
+
+    def _write(
+        self, pruned: Iterable[tuple[Pruned, Inputs]], linears: Mapping[str, nn.Linear], add: _Add, progress: Progress
+    ) -> Iterator[LayerReport]:
+        """Quantize and write layers, and put their new weights in place before the next ones are asked for."""
         for group, inputs in pruned:
             with self.phases("quantize"):
-                quantized = list(quantize_layers(group, inputs, recipe, self._value_dtype))
+                quantized = list(quantize_layers(group, inputs, self.recipe, self._value_dtype))
             for hub, dense, report in quantized:
                 linears[report.name].weight.copy_(dense)
                 with self.phases("write"):
                     self._add_layer(add, report.name, hub)
                 progress.step(_line(report))
                 yield report
-        with self.phases("propagate"):
-            state.advance(index, block)
-        self._model.release(index)
+
+    def _in_stages(self, batches: Sequence[tuple[BlockCall, Tensor]]) -> bool:
+        """Return whether a block's forward passes run once, in stages, and not once dense and once compressed.
+
+        A GPU has no memory for it and no need: there, solving takes most of the time. Refinement needs all inputs of
+        the dense block before any of its layers changes.
+        """
+        if self.device.type != "cpu" or self.recipe.refine or not batches:
+            return False
+        widest = max(k for _, k in self.shapes())
+        return sum(x.shape[0] * x.shape[1] for _, x in batches) * widest * batches[0][1].itemsize <= _STAGED_BYTES
+
+    def _find_leaders(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear], batch: tuple[BlockCall, Tensor]
+    ) -> dict[str, str]:
+        """Return who leads whom, found out once for blocks whose layers have the same names."""
+        start = len(os.path.commonprefix([f"{name}." for name in linears]))
+        own = tuple(name[start:] for name in linears)
+        if own not in self._leaders:
+            found = find_leaders(block, linears, batch)
+            self._leaders[own] = {name[start:]: leader[start:] for name, leader in found.items()}
+        return {name: name[:start] + self._leaders[own][name[start:]] for name in linears}
+
+    def _staged_groups(self, staged: StagedBlock) -> Iterator[Group]:
+        groups = staged.groups()
+        while True:
+            with self.phases("calibrate"):
+                group = next(groups, None)
+            if group is None:
+                return
+            yield group
 
     def _restore(self, index: int, shard: Path, reports: Sequence[LayerReport], state: _Activations) -> None:
         """Put a block that is finished in place of the dense one, for the inputs of those after it."""
@@ -208,38 +292,30 @@ class Job:
         chosen = set(self.chosen)
         return {name: linear for name, linear in self._model.linears(index).items() if name in chosen}
 
-    def _pruned(
-        self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
-    ) -> Iterator[tuple[Pruned, Inputs]]:
-        for names, inputs in self._inputs(block, linears, batches):
+    def _pruned(self, linears: Mapping[str, nn.Linear], groups: Iterable[Group]) -> Iterator[tuple[Pruned, Inputs]]:
+        for group in groups:
             with self.phases("prune"):
-                pruned = prune_layers({n: linears[n].weight.float() for n in names}, inputs, self.recipe)
+                inputs = Inputs(group, self.recipe)
+                pruned = prune_layers({n: linears[n].weight.float() for n in group.names}, inputs, self.recipe)
             yield pruned, inputs
 
-    def _with_inputs(
-        self,
-        groups: Sequence[Pruned],
-        block: nn.Module,
-        linears: Mapping[str, nn.Linear],
-        batches: Sequence[tuple[BlockCall, Tensor]],
-    ) -> Iterator[tuple[Pruned, Inputs]]:
-        """Yield ``groups`` again, each with the inputs that reach it now."""
-        by_name = {tuple(group.weights): group for group in groups}
-        for names, inputs in self._inputs(block, linears, batches):
-            yield by_name[names], inputs
+    def _with_inputs(self, pruned: Sequence[Pruned], groups: Iterable[Group]) -> Iterator[tuple[Pruned, Inputs]]:
+        """Yield ``pruned`` again, each with the inputs that reach it now."""
+        by_name = {tuple(one.weights): one for one in pruned}
+        for group in groups:
+            with self.phases("prune"):
+                inputs = Inputs(group, self.recipe)
+            yield by_name[group.names], inputs
 
-    def _inputs(
+    def _groups(
         self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
-    ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+    ) -> Iterator[Group]:
         """Run the block and yield what reached its layers, for each set of them that shares an input."""
         with self.phases("calibrate"), BlockHessians(linears, self.recipe.static_input) as hessians:
             for call, x in batches:
                 with hessians.batch():
                     call.run(block, x)
-        for names, h, tokens in hessians.groups():
-            with self.phases("prune"):
-                inputs = Inputs(h, tokens, self.recipe, ", ".join(names), hessians.largest(names[0]))
-            yield names, inputs
+        yield from hessians.groups()
 
     def _smooth(
         self,
@@ -363,6 +439,10 @@ class _Activations:
     def advance_targets(self, index: int, block: nn.Module) -> None:
         """Do the same with the targets; ``block`` is still dense."""
         self._advance(self.targets, index, block)
+
+    def replace(self, hidden: list[Tensor]) -> None:
+        """Take what came out of a block that was run elsewhere."""
+        self._hidden = hidden
 
     def _advance(self, states: list[Tensor], index: int, block: nn.Module) -> None:
         for i, x in enumerate(states):

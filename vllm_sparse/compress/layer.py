@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.compress.admm import admm
+from vllm_sparse.compress.calibrate import Group
 from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.gptq import gptq, round_to_nearest
 from vllm_sparse.compress.grid import search_grid
@@ -83,19 +84,15 @@ class Pruned:
 
 
 class Inputs:
-    """What is known of the inputs that some layers share: H damped, or nothing.
+    """What is known of the inputs that some layers share: H damped, or nothing."""
 
-    Args:
-        largest: the largest magnitude among them, a tensor without dimensions; None where nobody asked or none came.
-    """
-
-    def __init__(
-        self, h: Tensor | None, tokens: int, recipe: Recipe, layers: str, largest: Tensor | None = None
-    ) -> None:
-        self.h = h
-        self.largest = largest
-        self.tokens = tokens
-        self.damped = None if h is None else damp(h, recipe.dampening, layers, invert=recipe.pruner == "sparsegpt")
+    def __init__(self, group: Group, recipe: Recipe) -> None:
+        self.h = group.h
+        self.largest = group.largest
+        self.tokens = group.tokens
+        self.damped = None
+        if self.h is not None:
+            self.damped = damp(self.h, recipe.dampening, ", ".join(group.names), invert=recipe.pruner == "sparsegpt")
 
     def input_scale(self, scheme: Scheme) -> Tensor:
         """Return the static scale of activations, float32 ``[1]``: the largest seen becomes the largest code."""

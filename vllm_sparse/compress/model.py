@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_sparse.compress.attention import FastAttention
 from vllm_sparse.compress.experts import Part, renamed, take_apart
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.formats.checkpoint import Checkpoint
@@ -34,7 +35,8 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return the hidden states that ``block`` makes of ``hidden``."""
-        output = self.outputs(block, hidden)
+        with FastAttention() if hidden.device.type == "cpu" else nullcontext():
+            output = self.outputs(block, hidden)
         return output[0] if isinstance(output, tuple) else output
 
 
