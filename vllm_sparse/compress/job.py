@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from vllm_sparse.compress.calibrate import BlockHessians, Group
 from vllm_sparse.compress.calibration import fingerprint, load_calibration
 from vllm_sparse.compress.generate import generate
+from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.manifest import Manifest
 from vllm_sparse.compress.model import BlockCall, BlockModel
@@ -24,6 +25,7 @@ from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
+from vllm_sparse.compress.sensitivity import choose_dense
 from vllm_sparse.compress.smooth import smooth
 from vllm_sparse.compress.staged import StagedBlock, find_leaders
 from vllm_sparse.errors import FormatError, OptionError
@@ -51,16 +53,37 @@ class Job:
         self._model = BlockModel(checkpoint, device, _compute_dtype(device, self._value_dtype))
         patterns = (*ALWAYS_DENSE, *recipe.ignore)
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
-        self.chosen = [name for name in blocks if not is_ignored(name, patterns)]
-        linears = self._model.all_linears()
-        dense = [name for name in linears if name not in set(self.chosen)] + self._model.routers()
+        self.kept: tuple[Kept, ...] = ()
+        self._choose([name for name in blocks if not is_ignored(name, patterns)])
+
+    def _choose(self, layers: list[str]) -> None:
+        """Decide that ``layers`` are compressed and the others are not."""
+        self.chosen, recipe, linears = layers, self.recipe, self._model.all_linears()
+        dense = [name for name in linears if name not in set(layers)] + self._model.routers()
         self.dense = tuple(self.file_name(name) for name in dense)
         self._check_layers(linears)
-        scheme = get_scheme(recipe.scheme)
-        spec = LinearSpec(scheme, 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
-        files = [self.file_name(name) for name in self.chosen]
-        pattern = recipe.mask_pattern
-        self.output = make_output(recipe.format, spec, recipe.scale_dtype, pattern, files, self.dense)
+        spec = LinearSpec(get_scheme(recipe.scheme), 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
+        files = [self.file_name(name) for name in layers]
+        self.output = make_output(recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense)
+
+    @torch.no_grad()
+    def keep_dense(self, tokens: Tensor | None) -> None:
+        """Take those layers out that the recipe's rule keeps dense, as the dense model's own inputs show."""
+        if not self.recipe.keep_dense or tokens is None:
+            return
+        linears = self._model.all_linears()
+
+        def extra_bytes(layer: str) -> int:
+            n, k = linears[layer].out_features, linears[layer].in_features
+            return self._bytes_written(f"{self.file_name(layer)}.weight") - self.output.nbytes(layer, n, k)
+
+        with self.phases("keep dense"):
+            model = BlockModel(self.checkpoint, self.device, _compute_dtype(self.device, self._value_dtype))
+            batches = tokens.split(max(1, self.batch_tokens // tokens.shape[1]))
+            rule = KeepDense.parse(self.recipe.keep_dense)
+            self.kept = choose_dense(rule, model, self.chosen, batches, extra_bytes)
+        dense = {name for kept in self.kept for name in kept.layers}
+        self._choose([name for name in self.chosen if name not in dense])
 
     def file_name(self, layer: str) -> str:
         """Return what the checkpoint calls a layer."""
