@@ -313,8 +313,9 @@ def summarize(results: list[dict[str, Any]], model: str) -> None:
     print(f"\n{model}: sum over its layers in us (times vllm-sparse)")
     for ours in dict.fromkeys(key for key in sums if key[0] == "vllm-sparse"):
         m = ours[2]
-        cells = [f"{kernel} {us:.1f} ({us / sums[ours]:.2f}x)" for (kernel, _, at), us in sums.items() if at == m]
-        print(f"{ours[1]} m={m:<5} {sums[ours]:.1f}  ", "  ".join(cells))
+        peers = [(key, us) for key, us in sums.items() if key[2] == m and key[0] != "vllm-sparse"]
+        cells = (f"{kernel}:{scheme} {us:.1f} ({us / sums[ours]:.2f}x)" for (kernel, scheme, _), us in peers)
+        print(f"{ours[1]:5} m={m:<5} {sums[ours]:.1f}  ", "  ".join(cells))
 
 
 def versions() -> dict[str, str]:
