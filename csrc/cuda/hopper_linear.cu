@@ -169,6 +169,8 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.weight = static_cast<const uint8_t*>(a.weight);
     args.weight_scale = a.weight_scale;
     args.x_scale = a.x_scale;
+    args.x_zero = a.x_zero;
+    args.weight_sum = a.weight_sum;
     args.x_scale_stride = a.x_scale_per_token ? 1 : 0;
     args.bias = a.bias;
     args.out = a.out;

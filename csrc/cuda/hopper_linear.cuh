@@ -23,6 +23,8 @@ struct KernelArguments {
     const uint8_t* weight;
     const float* weight_scale;
     const float* x_scale;
+    const int* x_zero;
+    const int* weight_sum;
     const void* bias;
     void* out;
     int m, n;
@@ -51,6 +53,8 @@ struct Tile {
     static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
 
     static constexpr int THREADS = 128 * WARPGROUPS + 64;
+    // Arrivals that free a stage: every consumer thread's, and one per warp of the other blocks that share the tokens.
+    static constexpr int RELEASES = 4 * WARPGROUPS * (32 + CLUSTER - 1);
     static constexpr int X_BYTES = TOKENS * kBrickRowBytes * BRICKS;
     static constexpr int BRICK_BYTES = brick_bytes(Element::BYTES);
     static constexpr int W_SLICE = BRICK_BYTES * BRICKS;
@@ -195,6 +199,20 @@ struct Converter {
         }
     }
 };
+
+// The sum of (x - zero) * w is that of x * w less zero times the sum of w, exactly. `feature` is this thread's first.
+template <typename T>
+__device__ void subtract_zero_points(const KernelArguments& args, int feature, int token_begin, int lane,
+                                     int (&d)[T::ACCUMULATORS]) {
+    const int low = args.weight_sum[min(feature, args.n - 1)], high = args.weight_sum[min(feature + 8, args.n - 1)];
+#pragma unroll
+    for (int t = 0; t < T::OUT_TOKENS; t += 4) {
+        const int token = token_begin + t / 8 * 8 + 2 * (lane % 4) + t % 8 / 4;
+        const int zero = args.x_zero[min(token, args.m - 1) * args.x_scale_stride];
+        d[t / 8 * 4 + t % 8 / 4] -= zero * low;
+        d[t / 8 * 4 + t % 8 / 4 + 2] -= zero * high;
+    }
+}
 
 // One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
 template <typename T, typename Out>
@@ -431,7 +449,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         if (thread == 0) {
             for (int s = 0; s < T::STAGES; ++s) {
                 ptx::barrier_init(full + s * 8, 2);
-                ptx::barrier_init(empty + s * 8, 4 * T::WARPGROUPS * T::CLUSTER);
+                ptx::barrier_init(empty + s * 8, T::RELEASES);
             }
             if constexpr (T::SPLIT > 1) {
                 ptx::barrier_init(exchange_barriers, 1);
@@ -466,12 +484,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         Ring<T::STAGES> ring(0);
         Exchange<T> exchange{reinterpret_cast<typename Exchange<T>::Four*>(exchange_buffer), exchange_barriers,
                              exchange_barriers + 8, split_rank, rank};
+        // Every lane has read its own metadata and arrives for itself. One lane for all 32 would be no faster, and
+        // racecheck does not see what it orders (decision 0065). The other blocks' stages hold tokens for this one's
+        // multiplications alone, which are the warp's: one lane tells each.
         const auto release = [&](int stage) {
-            __syncwarp();  // every lane has read its metadata
-            if constexpr (T::CLUSTER == 1) {
-                if (lane == 0) ptx::barrier_arrive(empty + stage * 8);
-            } else {
-                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + stage * 8, split_rank * T::CLUSTER + lane);
+            ptx::barrier_arrive(empty + stage * 8);
+            if constexpr (T::CLUSTER > 1) {
+                __syncwarp();
+                if (lane > 0 && lane < T::CLUSTER) {
+                    const int other = split_rank * T::CLUSTER + (rank + lane) % T::CLUSTER;
+                    ptx::barrier_arrive_remote(empty + stage * 8, other);
+                }
             }
         };
         const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {
@@ -532,6 +555,10 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
                 ptx::sync_warpgroup(1 + warpgroup);
                 const int warp = thread / 32;
+                if constexpr (std::is_same_v<typename T::Sum, int>) {
+                    const int feature = feature_begin + warp * 16 + lane / 4;
+                    if (args.x_zero != nullptr) subtract_zero_points<T>(args, feature, token_begin, lane, d);
+                }
                 const bool half = T::SCALED ? args.half_out : std::is_same_v<typename T::Element, wgmma::Float16>;
                 if (half) {
                     finish(Converter<T, ToFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);

@@ -17,7 +17,7 @@ from tests.formats.golden import config as golden_config
 from tests.plugin.layers import prune_to_two_of_four
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.formats.checkpoint import CheckpointWriter
-from vllm_sparse.kernels.reference import quantize_activations
+from vllm_sparse.kernels.reference import quantize_activations, quantize_asymmetric
 from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import Sparse24Weight
@@ -117,7 +117,7 @@ def save_native(
     return save_as(model, path, weights, fmt.from_weight, fmt.to_config())
 
 
-def save_published(model: PreTrainedModel, path: Path, case: Case) -> Stored:
+def save_published(model: PreTrainedModel, path: Path, case: Case, symmetric_input: bool = True) -> Stored:
     """Write ``model`` in the published format of a golden ``case``, 4-bit weights in groups of 128."""
     bits = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(case.dtype, "int8")
     scheme = "w4a16" if case.bits == 4 else bits
@@ -136,7 +136,10 @@ def save_published(model: PreTrainedModel, path: Path, case: Case) -> Stored:
             return encode_packed(codes, 4, None) | scales
         return {"weight": codes} | scales
 
-    return save_as(model, path, compress(model, scheme), encode, golden_config(case))
+    said = golden_config(case)
+    if not symmetric_input:
+        said["config_groups"]["group_0"]["input_activations"]["symmetric"] = False
+    return save_as(model, path, compress(model, scheme), encode, said)
 
 
 def save_gptq_marlin(model: PreTrainedModel, path: Path) -> Stored:
@@ -218,24 +221,28 @@ class InputQuantizer:
 
     dtype: torch.dtype
     static: bool
+    symmetric: bool = True
     noise: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.noise:
             x = x * (1 + self.noise * torch.randn_like(x))
+        if not self.symmetric:
+            codes, scales, zeros = quantize_asymmetric(x.flatten(0, -2), None, None)
+            return ((codes - zeros) * scales).view_as(x)
         scale = torch.tensor([STATIC_SCALE]) if self.static else None
         codes, scales = quantize_activations(x.flatten(0, -2), self.dtype, scale)
         return (codes.float() * scales).view_as(x)
 
 
 def quantize_inputs(
-    model: PreTrainedModel, scheme_name: str, static: bool = False, only: str = ""
+    model: PreTrainedModel, scheme_name: str, static: bool = False, only: str = "", symmetric: bool = True
 ) -> InputQuantizer | None:
     """Make linear layers with ``only`` in their names quantize their inputs as the scheme does, if it does."""
     dtype = SCHEMES[scheme_name].activation
     if dtype is None:
         return None
-    quantizer = InputQuantizer(dtype, static)
+    quantizer = InputQuantizer(dtype, static, symmetric)
     model.input_quantizer = quantizer
     for module in (module for name, module in linear_layers(model).items() if only in name):
         module.register_forward_pre_hook(lambda _, arguments: (quantizer(arguments[0]),))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vllm_sparse.compress.hessian import Hessian
@@ -19,10 +20,15 @@ class BlockHessians:
     """Hooks on the linear layers of one block. Layers given the very same tensor (q, k, v; gate, up) share one H.
 
     Use as a context manager around the forward passes, and run each of them inside ``batch``.
+
+    Args:
+        ranges: also note the largest magnitude that reaches each layer.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], ranges: bool = False) -> None:
         self._linears = linears
+        self._ranges = ranges
+        self._largest: dict[str, Tensor] = {}
         self._leader: dict[str, str] = {}
         self._hessians: dict[str, Hessian] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
@@ -66,6 +72,10 @@ class BlockHessians:
             h, tokens = (None, 0) if hessian is None else (hessian.matrix(leader), hessian.tokens)
             yield tuple(names), h, tokens
 
+    def largest(self, layer: str) -> Tensor | None:
+        """Return the largest magnitude that reached ``layer``, a tensor without dimensions; None if none did."""
+        return self._largest.get(self._leader.get(layer, layer))
+
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
@@ -80,6 +90,9 @@ class BlockHessians:
                 if name not in self._hessians:
                     self._hessians[name] = Hessian(x.shape[-1], x.device)
                 self._hessians[name].add(x)
+                if self._ranges:
+                    largest = x.abs().amax()
+                    self._largest[name] = torch.maximum(largest, self._largest.get(name, largest))
             if name == self._last and len(self._called) == len(self._linears):
                 raise _AllSeenError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from vllm_sparse.compress.recipe import PRUNERS, QUANTIZERS, Recipe
+from vllm_sparse.compress.output import OUTPUTS
+from vllm_sparse.compress.recipe import ACTIVATIONS, PRUNERS, QUANTIZERS, Recipe
 from vllm_sparse.scheme import SCHEMES
 
 _RECIPE_OPTIONS = tuple(field.name for field in dataclasses.fields(Recipe))
@@ -16,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model directory or Hugging Face id")
     parser.add_argument("-o", "--output", required=True, help="directory to write")
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (default w4a16)")
+    parser.add_argument("--pattern", help="2:4, another N:M (N kept of every M), or the share of zeros (default 2:4)")
+    parser.add_argument("--format", help=f"{', '.join(OUTPUTS)} (default sparse24); dense loads without this package")
+    parser.add_argument("--activation", help=f"{', '.join(ACTIVATIONS)} scales for fp8 and int8 (default dynamic)")
+    parser.add_argument("--smooth", type=float, help="strength of SmoothQuant, such as 0.5 (default 0, none)")
     parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default admm)")
     parser.add_argument("--quantizer", help=f"{', '.join(QUANTIZERS)} (default gptq)")
     parser.add_argument(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,18 @@ from vllm_sparse.compress.calibration import fingerprint, load_calibration
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.manifest import Manifest
 from vllm_sparse.compress.model import BlockCall, BlockModel
+from vllm_sparse.compress.output import Weight, make_output
 from vllm_sparse.compress.phases import Phases
 from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
+from vllm_sparse.compress.smooth import smooth
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.names import is_ignored
-from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
-from vllm_sparse.weight import Sparse24Weight
+from vllm_sparse.weight import LinearSpec
 
 _BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}  # a CPU works out of its caches
 _Add = Callable[[str, Tensor], None]
@@ -48,16 +48,14 @@ class Job:
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
         self.chosen = [name for name in blocks if not is_ignored(name, patterns)]
         linears = self._model.all_linears()
-        self.dense = tuple(self.file_name(name) for name in linears if name not in set(self.chosen))
+        dense = [name for name in linears if name not in set(self.chosen)] + self._model.routers()
+        self.dense = tuple(self.file_name(name) for name in dense)
         self._check_layers(linears)
         scheme = get_scheme(recipe.scheme)
-        self.format = Sparse24Format(
-            scheme,
-            "bfloat16" if scheme.scaled else _dtype_name(self._value_dtype),
-            recipe.group,
-            _dtype_name(recipe.scale_dtype),
-            ignore=self.dense,
-        )
+        spec = LinearSpec(scheme, 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
+        files = [self.file_name(name) for name in self.chosen]
+        pattern = recipe.mask_pattern
+        self.output = make_output(recipe.format, spec, recipe.scale_dtype, pattern, files, self.dense)
 
     def file_name(self, layer: str) -> str:
         """Return what the checkpoint calls a layer."""
@@ -133,13 +131,15 @@ class Job:
         """Return the bytes of all tensors that a run writes."""
         linears = self._model.all_linears()
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
-        total = sum(self._bytes_written(name) for name in self.checkpoint.tensors if name not in compressed)
+        copied = (name for name in self.checkpoint.tensors if name not in compressed | self._model.packed.keys())
+        total = sum(self._bytes_written(name) for name in copied)
+        for packed, parts in self._model.packed.items():
+            experts = self.checkpoint.tensors[packed].shape[0]
+            for part in (part for name, part in parts.items() if name not in compressed):
+                total += self._bytes_written(packed) // experts // (1 if part.rows == slice(None) else 2)
         for layer in self.chosen:
             n, k = linears[layer].out_features, linears[layer].in_features
-            total += sum(
-                math.prod(spec.shape) * spec.dtype.itemsize
-                for spec in self.format.tensors(layer, n, k, self._value_dtype)
-            )
+            total += self.output.nbytes(layer, n, k)
         return total
 
     def _bytes_written(self, name: str) -> int:
@@ -161,6 +161,9 @@ class Job:
             with self.phases("propagate"):
                 state.advance_targets(index, block)
         batches = state.batches(index)
+        if recipe.smooth:
+            with self.phases("smooth"):
+                self._smooth(index, block, linears, batches, add)
         pruned: Iterable[tuple[Pruned, Inputs]] = self._pruned(block, linears, batches)
         if recipe.refine:
             groups = [group for group, _ in pruned]
@@ -189,11 +192,14 @@ class Job:
                 state.advance_targets(index, block)
             with safe_open(shard, framework="pt") as handle:
                 names = list(handle.keys())
+                for name, parameter in block.named_parameters():  # what smoothing changed
+                    if (file_name := self._model.file_name(f"{self._model.prefix}.{index}.{name}")) in names:
+                        parameter.copy_(handle.get_tensor(file_name))
                 for report in reports:
                     layer = self.file_name(report.name)
                     own = [name for name in names if name.rpartition(".")[0] == layer]
                     tensors = {name.rpartition(".")[2]: handle.get_tensor(name).to(self.device) for name in own}
-                    linears[report.name].weight.copy_(self.format.to_weight(layer, tensors, []).to_dense())
+                    linears[report.name].weight.copy_(self.output.read(layer, tensors).to_dense())
             state.advance(index, block)
             self._model.release(index)
 
@@ -226,14 +232,30 @@ class Job:
         self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
     ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
         """Run the block and yield what reached its layers, for each set of them that shares an input."""
-        with self.phases("calibrate"), BlockHessians(linears) as hessians:
+        with self.phases("calibrate"), BlockHessians(linears, self.recipe.static_input) as hessians:
             for call, x in batches:
                 with hessians.batch():
                     call.run(block, x)
         for names, h, tokens in hessians.groups():
             with self.phases("prune"):
-                inputs = Inputs(h, tokens, self.recipe, ", ".join(names))
+                inputs = Inputs(h, tokens, self.recipe, ", ".join(names), hessians.largest(names[0]))
             yield names, inputs
+
+    def _smooth(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        add: _Add,
+    ) -> None:
+        """Move large activations into the weights, and write what changed besides the layers that become 2:4."""
+        prefix = f"{self._model.prefix}.{index}."
+        for name, value in smooth(block, prefix, linears.values(), batches, self.recipe.smooth).items():
+            if name.removesuffix(".weight") not in linears:
+                file_name = self._model.file_name(name)
+                dtype = self.checkpoint.tensors[file_name].dtype
+                add(file_name, value.to(self._value_dtype if dtype == torch.float32 else dtype))
 
     def _refine(
         self,
@@ -258,14 +280,21 @@ class Job:
 
     def finish(self, writer: CheckpointWriter) -> int:
         """Write everything that is not a 2:4 layer; return the bytes of all tensors written."""
-        config = dict(self.checkpoint.config)
+        config, written = dict(self.checkpoint.config), writer.names
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
         for name, info in self.checkpoint.tensors.items():
-            if name in compressed or self._is_tied_head(name):
+            if name in compressed or name in written or self._is_tied_head(name):
                 continue
             tensor = self.checkpoint.load(name)
-            writer.add(name, tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor)
-        config["quantization_config"] = self.format.to_config()
+            tensor = tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor
+            if (parts := self._model.packed.get(name)) is None:
+                writer.add(name, tensor)
+                continue
+            for own, part in parts.items():
+                if own not in compressed:
+                    writer.add(own, tensor[part.expert, part.rows])
+        if (quantization := self.output.config()) is not None:
+            config["quantization_config"] = quantization
         config.pop("torch_dtype", None)
         config["dtype"] = _dtype_name(self._value_dtype)
         writer.write_json("config.json", config)
@@ -276,13 +305,14 @@ class Job:
         return writer.total_bytes
 
     def verify(self, directory: Path, layers: Iterable[LayerReport]) -> Verification:
-        """Read the written 2:4 layers again; see ``report.verify``."""
+        """Read the written layers again; see ``report.verify``."""
+        names = [self.file_name(layer.name) for layer in layers]
         with self.phases("verify"):
-            return verify(directory, self.format, [self.file_name(layer.name) for layer in layers], self.device)
+            return verify(directory, self.output, self.recipe.mask_pattern, names, self.device)
 
-    def _add_layer(self, add: _Add, layer: str, hub: Sparse24Weight) -> None:
+    def _add_layer(self, add: _Add, layer: str, hub: Weight) -> None:
         file_name = self.file_name(layer)
-        for last, tensor in self.format.from_weight(hub).items():
+        for last, tensor in self.output.tensors(hub).items():
             add(f"{file_name}.{last}", tensor)
 
     def _check_layers(self, linears: Mapping[str, nn.Linear]) -> None:
@@ -291,10 +321,13 @@ class Job:
             raise OptionError(f"{self.checkpoint.path}: every linear layer is ignored, nothing is left to compress")
         for name in self.chosen:
             k = linears[name].in_features
-            if k % 4:
-                raise FormatError(
-                    f"{name}: 2:4 needs a multiple of 4 input features, got {k}; leave it out with --ignore"
-                )
+            pattern = self.recipe.mask_pattern
+            multiple = 8 if self.recipe.format == "dense" and self.recipe.scheme == "w4a16" else 4
+            for what, size in ((pattern.text, pattern.size), (f"{self.recipe.scheme} in format dense", multiple)):
+                if size and k % size:
+                    raise FormatError(
+                        f"{name}: {what} needs a multiple of {size} input features, got {k}; leave it out with --ignore"
+                    )
             check_group_size(get_scheme(self.recipe.scheme), self.recipe.group, k, name)
 
     def _check_length(self, length: int) -> None:

