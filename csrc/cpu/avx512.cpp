@@ -20,6 +20,8 @@ const Tier avx512_tier = {
     largest_of_row,
     pack_row,
     finish_rows,
+    nullptr,
+    avx512_columns,
 };
 
 }  // namespace vllm_sparse::cpu
