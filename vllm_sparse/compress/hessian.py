@@ -108,12 +108,16 @@ def damp(h: Tensor, dampening: float = 0.01, layer: str = "layer", invert: bool 
 
 
 def _inverse_factor(h: Tensor) -> Tensor | None:
-    """Return upper U with U^T U = h^-1, or None when ``h`` is not numerically positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(h)
+    """Return upper U with U^T U = h^-1, or None when ``h`` is not numerically positive definite.
+
+    With its rows and columns in reverse order, h = L L^T; in the right order that is R R^T with R upper, and U = R^-1.
+    """
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if int(failed):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return factor if bool(torch.isfinite(factor).all()) else None
 
 
 def _nothing_if_definite(h: Tensor) -> Tensor | None:
