@@ -32,10 +32,10 @@ void pack(cpu::Format format, std::int64_t n, std::int64_t k, Pointer values, Po
 
 void linear(const cpu::Tier& tier, cpu::Format format, std::int64_t n, std::int64_t k, std::int64_t group_size,
             Pointer panels, Pointer group_scales, cpu::Dtype group_scale_dtype, Pointer channel_scales, Pointer sums,
-            Pointer x, cpu::Dtype dtype, std::int64_t m, std::int64_t stride, Pointer input_scale, Pointer y,
-            Pointer bias) {
+            Pointer x, cpu::Dtype dtype, std::int64_t m, std::int64_t stride, Pointer input_scale, Pointer input_zero,
+            bool symmetric_input, Pointer y, Pointer bias) {
     cpu::Quantize quantize = cpu::Quantize::none;
-    if (cpu::takes_int8(format)) quantize = cpu::Quantize::int8;
+    if (cpu::takes_int8(format)) quantize = symmetric_input ? cpu::Quantize::int8 : cpu::Quantize::int8_zero_point;
     if (format == cpu::Format::fp8) quantize = cpu::Quantize::fp8;
     const cpu::Weight weight{format,
                              n,
@@ -46,7 +46,13 @@ void linear(const cpu::Tier& tier, cpu::Format format, std::int64_t n, std::int6
                              group_scale_dtype,
                              at<const float>(channel_scales),
                              at<const void>(sums)};
-    const cpu::Input input{at<const void>(x), dtype, m, stride, quantize, at<const float>(input_scale)};
+    const cpu::Input input{at<const void>(x),
+                           dtype,
+                           m,
+                           stride,
+                           quantize,
+                           at<const float>(input_scale),
+                           at<const std::int32_t>(input_zero)};
     const cpu::Output output{at<void>(y), dtype, at<const void>(bias)};
     py::gil_scoped_release release;
     cpu::linear(tier, weight, input, output);

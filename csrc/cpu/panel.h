@@ -35,8 +35,12 @@ enum class Dtype : int { f32, bf16, fp16 };
 // [k / 4][rows][4] or [k / 8][rows][8], so that one broadcast load gives the columns that a group selects from.
 enum class Activation : int { f32, bf16, int8 };
 
-// Rounding of the activations before they are stored. int8 and fp8 divide by the row's scale first.
-enum class Quantize : int { none, int8, fp8 };
+// Rounding of the activations before they are stored. All but none divide by the row's scale first; int8_zero_point
+// adds the row's zero point.
+enum class Quantize : int { none, int8, int8_zero_point, fp8 };
+
+// Codes of int8 activations: symmetric ones leave -128 out.
+constexpr int kLowestCode = -128, kHighestCode = 127, kLowestSymmetricCode = -127;
 
 namespace {
 
@@ -76,23 +80,31 @@ struct PackRow {
     Activation activation;
     Quantize quantize;
     float scale;  // x / scale is what is rounded
-    int offset;   // added to int8 codes
+    int zero;     // zero point of int8_zero_point, else 0
+    int offset;   // added to int8 codes beside it
 };
 
-// A stripe's finished sums for some rows: (sum - offset * weight_sum) * row_scale * channel_scale * factor + bias.
+// A stripe's finished sums for some rows:
+// (sum - (offset + row_zero) * weight_sum) * row_scale * channel_scale * factor + bias.
 struct Finish {
-    const void* sums;             // [rows][16]
-    const void* weight_sums;      // [16], int32 for Format::int8, float for Format::w4a8, else null
-    const float* row_scales;      // [rows], or null
-    const float* channel_scales;  // [16], or null
-    const void* bias;             // [count] of dtype, or null
-    void* y;                      // [rows][count], rows `stride` elements apart
+    const void* sums;               // [rows][16]
+    const void* weight_sums;        // [16], int32 for Format::int8, float for Format::w4a8, else null
+    const float* row_scales;        // [rows], or null
+    const std::int32_t* row_zeros;  // [rows], or null; only where `integer`
+    const float* channel_scales;    // [16], or null
+    const void* bias;               // [count] of dtype, or null
+    void* y;                        // [rows][count], rows `stride` elements apart
     std::int64_t rows, stride;
     int count;  // channels of the stripe that exist
     float factor;
     int offset;
     bool integer;  // sums and weight_sums are int32
     Dtype dtype;
+};
+
+// The smallest and the largest of some numbers and 0.
+struct Range {
+    float lowest, highest;
 };
 
 using Multiply = void (*)(const Block&);
@@ -133,7 +145,8 @@ struct Tier {
     int max_rows;     // of a tile
     Multiply multiply[kFormats][kTiles];
     const Multiply (*multiply_bf16)[kTiles];  // the same from bf16 activations; null, or null entries: from float ones
-    float (*largest)(const void* x, Dtype dtype, std::int64_t k);  // max |x| of a row
+    const Multiply* multiply_lowest;  // [kTiles], Format::int8 with activation codes of -128; null: multiply takes them
+    Range (*range)(const void* x, Dtype dtype, std::int64_t k);  // of a row
     void (*pack)(const PackRow&);
     void (*finish)(const Finish&);
     const Gram* gram = nullptr;                                                      // null: there is none

@@ -23,6 +23,8 @@ struct KernelArguments {
     const uint8_t* weight;
     const float* weight_scale;
     const float* x_scale;
+    const int* x_zero;
+    const int* weight_sum;
     const void* bias;
     void* out;
     int m, n;
@@ -51,6 +53,8 @@ struct Tile {
     static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
 
     static constexpr int THREADS = 128 * WARPGROUPS + 64;
+    // Arrivals that free a stage: every consumer thread's, and one per warp of the other blocks that share the tokens.
+    static constexpr int RELEASES = 4 * WARPGROUPS * (32 + CLUSTER - 1);
     static constexpr int X_BYTES = TOKENS * kBrickRowBytes * BRICKS;
     static constexpr int BRICK_BYTES = brick_bytes(Element::BYTES);
     static constexpr int W_SLICE = BRICK_BYTES * BRICKS;
@@ -61,17 +65,18 @@ struct Tile {
         SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
     static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
-    // Large tiles leave through the copy engine (three buffers of 16 tokens x 64 features per warpgroup): ordinary
-    // stores would block the next tile's loads behind them. Small ones leave by ordinary stores (per warp 16 features,
-    // padded off the banks), which are sooner there.
+    // Large tiles leave through the copy engine, as ordinary stores would block the next tile's loads behind them, and
+    // through the memory of the stage that was read last. Small ones leave by ordinary stores (per warp 16 features,
+    // padded off the banks) from memory of their own, which is sooner there.
     static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 512 && SPLIT == 1;
-    static constexpr int STAGED_TOKENS = STORES_TILES || OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
+    static constexpr int STAGED_TOKENS = OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
     static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
-    static constexpr int OUT_BUFFERS = STORES_TILES ? 3 : 4;  // one per warp
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
+    static constexpr int OUT_BUFFERS = STORES_TILES ? STAGE_BYTES / WARPGROUPS / OUT_BYTES : 4;  // or one per warp
+    static constexpr int STAGING_BYTES = STORES_TILES ? 0 : WARPGROUPS * OUT_BUFFERS * OUT_BYTES;
     static constexpr int SCALE_BYTES = (SCALED ? OUT_TOKENS * 4 + 64 * 4 : 0) + 64 * 2;
-    static constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES +
-                                        WARPGROUPS * (OUT_BUFFERS * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
+    static constexpr int SHARED_BYTES =
+        1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STAGING_BYTES + WARPGROUPS * SCALE_BYTES + (2 * STAGES + 2) * 8;
 
     // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
@@ -196,6 +201,20 @@ struct Converter {
     }
 };
 
+// The sum of (x - zero) * w is that of x * w less zero times the sum of w, exactly. `feature` is this thread's first.
+template <typename T>
+__device__ void subtract_zero_points(const KernelArguments& args, int feature, int token_begin, int lane,
+                                     int (&d)[T::ACCUMULATORS]) {
+    const int low = args.weight_sum[min(feature, args.n - 1)], high = args.weight_sum[min(feature + 8, args.n - 1)];
+#pragma unroll
+    for (int t = 0; t < T::OUT_TOKENS; t += 4) {
+        const int token = token_begin + t / 8 * 8 + 2 * (lane % 4) + t % 8 / 4;
+        const int zero = args.x_zero[min(token, args.m - 1) * args.x_scale_stride];
+        d[t / 8 * 4 + t % 8 / 4] -= zero * low;
+        d[t / 8 * 4 + t % 8 / 4 + 2] -= zero * high;
+    }
+}
+
 // One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
 template <typename T, typename Out>
 __device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int thread, uint8_t* staging,
@@ -225,8 +244,7 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
     }
 }
 
-// The same through the copy engine, whose swizzle keeps the transposing writes off each other's banks. Thread 0 must
-// have waited for the previous tile's stores to be read.
+// The same through the copy engine, whose swizzle keeps the transposing writes off each other's banks.
 template <typename T, typename Out>
 __device__ void store_out(const CUtensorMap* out_map, int feature_begin, int token_begin, int warpgroup, int thread,
                           uint8_t* staging, const Converter<T, Out>& converter,
@@ -334,7 +352,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
     uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
     Epilogue<T>* const epilogues =
-        reinterpret_cast<Epilogue<T>*>(staging + T::OUT_BUFFERS * T::WARPGROUPS * T::OUT_BYTES);
+        reinterpret_cast<Epilogue<T>*>(staging + T::STAGING_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
     const uint32_t full = ptx::shared_address(epilogues + T::WARPGROUPS), empty = full + T::STAGES * 8;
     const uint32_t exchange_barriers = empty + T::STAGES * 8;
@@ -354,17 +372,9 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     const auto first_token = [&](int tile) {
         return min(tile % args.token_tiles * T::TOKENS, max(0, args.m - T::TOKENS));
     };
-    const auto sync_blocks = [] {
-        if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
-            ptx::cluster_arrive();
-            ptx::cluster_wait();
-        } else {
-            __syncthreads();
-        }
-    };
-
     if (threadIdx.x >= 128 * T::WARPGROUPS + 32) {  // the tokens' warp
-        sync_blocks();
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
         ptx::wait_for_dependencies();
         if (thread == 32) {
             const uint64_t policy = args.stream_weight ? ptx::policy_evict_last() : ptx::policy_evict_normal();
@@ -431,7 +441,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         if (thread == 0) {
             for (int s = 0; s < T::STAGES; ++s) {
                 ptx::barrier_init(full + s * 8, 2);
-                ptx::barrier_init(empty + s * 8, 4 * T::WARPGROUPS * T::CLUSTER);
+                ptx::barrier_init(empty + s * 8, T::RELEASES);
             }
             if constexpr (T::SPLIT > 1) {
                 ptx::barrier_init(exchange_barriers, 1);
@@ -439,14 +449,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
             ptx::barrier_init_fence();
         }
-        // The first loads of the weight depend on no other kernel: they start before anything else happens.
+        __syncwarp();
+        ptx::cluster_arrive();
+        // The first loads of the weight depend on no other kernel. Asking for them takes as long as the cluster's barrier
+        // and is done meanwhile.
         if (leader) {
             begin_tile();
             for (int s = 0; s < T::STAGES && tile < args.tiles; ++s) load();
             ptx::prefetch_map(&x_map);
         }
         __syncwarp();
-        sync_blocks();
+        ptx::cluster_wait();
         // With many tokens the next kernel would take room from this one's blocks for longer than it saves.
         if (args.token_tiles == 1) ptx::launch_dependents();
         if (leader) {
@@ -457,7 +470,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
         __syncwarp();
     } else {  // the consumers
-        sync_blocks();
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
         ptx::wait_for_dependencies();
         const int lane = thread % 32;
         const int x_brick = args.x_rows * T::CLUSTER * kBrickRowBytes;
@@ -466,16 +480,28 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         Ring<T::STAGES> ring(0);
         Exchange<T> exchange{reinterpret_cast<typename Exchange<T>::Four*>(exchange_buffer), exchange_barriers,
                              exchange_barriers + 8, split_rank, rank};
+        // Every lane has read its own metadata and arrives for itself. One lane for all 32 would be no faster, and
+        // racecheck does not see what it orders (decision 0065). The other blocks' stages hold tokens for this one's
+        // multiplications alone, which are the warp's: one lane tells each.
         const auto release = [&](int stage) {
-            __syncwarp();  // every lane has read its metadata
-            if constexpr (T::CLUSTER == 1) {
-                if (lane == 0) ptx::barrier_arrive(empty + stage * 8);
-            } else {
-                if (lane < T::CLUSTER) ptx::barrier_arrive_remote(empty + stage * 8, split_rank * T::CLUSTER + lane);
+            ptx::barrier_arrive(empty + stage * 8);
+            if constexpr (T::CLUSTER > 1) {
+                __syncwarp();
+                if (lane > 0 && lane < T::CLUSTER) {
+                    const int other = split_rank * T::CLUSTER + (rank + lane) % T::CLUSTER;
+                    ptx::barrier_arrive_remote(empty + stage * 8, other);
+                }
             }
         };
+        int kept = -1;  // the stage whose memory the previous tile leaves through
+        const auto release_kept = [&] {
+            if (thread == 0) ptx::store_wait_read<0>();
+            ptx::sync_warpgroup(1 + warpgroup);
+            release(kept);
+        };
         const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {
-            uint8_t* const buffers = staging + T::OUT_BUFFERS * warpgroup * T::OUT_BYTES;
+            uint8_t* const own = T::STORES_TILES ? stages + kept * T::STAGE_BYTES : staging;
+            uint8_t* const buffers = own + T::OUT_BUFFERS * warpgroup * T::OUT_BYTES;
             if constexpr (T::STORES_TILES) {
                 store_out(&out_map, feature_begin, token_begin, warpgroup, thread, buffers, converter, d);
             } else {
@@ -513,7 +539,11 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 }
                 wgmma::commit();
                 wgmma::wait<1>();
-                if (previous >= 0) release(previous);
+                if (previous >= 0) {
+                    release(previous);
+                } else if (T::STORES_TILES && kept >= 0) {
+                    release_kept();
+                }
                 previous = ring.stage;
                 ring.advance();
             };
@@ -524,14 +554,22 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
             if (c < last) step(even);
             wgmma::wait<0>();
-            if (previous >= 0) release(previous);
+            if constexpr (T::STORES_TILES) {
+                kept = previous;
+                ptx::sync_consumers<T::WARPGROUPS>();  // all have read it
+            } else if (previous >= 0) {
+                release(previous);
+            }
 
             if constexpr (T::SPLIT > 1) exchange.reduce(warpgroup * 128 + thread, d);
             if (stores) {
                 ptx::copy_async_wait();
-                if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
                 ptx::sync_warpgroup(1 + warpgroup);
                 const int warp = thread / 32;
+                if constexpr (std::is_same_v<typename T::Sum, int>) {
+                    const int feature = feature_begin + warp * 16 + lane / 4;
+                    if (args.x_zero != nullptr) subtract_zero_points<T>(args, feature, token_begin, lane, d);
+                }
                 const bool half = T::SCALED ? args.half_out : std::is_same_v<typename T::Element, wgmma::Float16>;
                 if (half) {
                     finish(Converter<T, ToFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);
@@ -540,7 +578,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 }
             }
         }
-        if constexpr (T::STORES_TILES) ptx::store_wait_read<0>();
+        if (T::STORES_TILES && kept >= 0) release_kept();
         if constexpr (T::SPLIT > 1) exchange.wait_until_drained();  // as above: the last arrivals from others
     }
 }

@@ -19,7 +19,9 @@ Params make_params(const LinearProblem& problem, int* blocks) {
     p.weight = static_cast<const uint8_t*>(problem.weight);
     p.x = static_cast<const uint8_t*>(problem.x);
     p.x_scale = problem.x_scale;
+    p.x_zero = problem.x_zero;
     p.channel_scale = problem.channel_scale;
+    p.weight_sum = problem.weight_sum;
     p.bias = static_cast<const uint16_t*>(problem.bias);
     p.y = static_cast<uint16_t*>(problem.y);
     p.counters = static_cast<int*>(problem.workspace);

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.formats.encoders import encode
 from tests.formats.golden import CASES, FOLDER, Case, config, layer
 from tests.formats.weights import same_bits
+from tests.tables import add_row
 from vllm_sparse.errors import FormatError, NotSparseError
 from vllm_sparse.formats import detect
 from vllm_sparse.scheme import SCHEMES
@@ -83,9 +84,9 @@ def test_every_format_has_a_golden_file_of_every_scheme_it_can_hold():
         weight = detect(config(case)).to_weight(MODULE, golden(case)[1])
         same = torch.equal(weight.to_dense_codes().float(), layer(case)["codes"].float())
         held.setdefault(case.format, set()).add(scheme_name(case) if same else "WRONG")
-    print(f"\n{'format':18}" + "".join(f"{name:>8}" for name in SCHEMES))
     for form, schemes in held.items():
-        print(f"{form:18}" + "".join(f"{'exact' if name in schemes else '':>8}" for name in SCHEMES))
+        cells = ("exact" if name in schemes else "" for name in SCHEMES)
+        add_row("Golden files that are read bit-exactly", ("format", *SCHEMES), (form, *cells))
     assert held == {
         "sparse-24-bitmask": {"bf16", "fp8", "int8"},
         "sparse-bitmask": {"bf16", "fp8", "int8"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels import cuda_hopper
-from vllm_sparse.kernels.base import Kernel
+from vllm_sparse.kernels.base import Kernel, pointer
 from vllm_sparse.kernels.cuda_hopper import ELEMENTS, CudaBf16Kernel, CudaFp8Kernel, CudaInt8Kernel, pack_bricks
+from vllm_sparse.kernels.reference import quantize_asymmetric
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
@@ -25,6 +27,7 @@ PAIRS = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 # Rounding to bf16 (2^-9 at most, 2^-10 or so on average) dominates; the tensor cores' own rounding of sums adds less.
 TOLERANCE = 3e-3
 EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 192, 255, 256, 257, 300, 511, 512, 1025)
+INSTRUCTIONS = {"fp8": "QGMMA", "int8": "IGMMA", "bf16": "HGMMA", "fp16": "HGMMA"}
 UNITS = {FP8: "fp8", INT8: "int8", BF16: "bf16", FP16: "fp16"}
 every_element = pytest.mark.parametrize("element", ELEMENTS, ids=UNITS.values())
 
@@ -196,6 +199,13 @@ def test_says_that_it_needs_a_cuda_device_and_the_module(monkeypatch: pytest.Mon
     assert reason == "the extension module vllm_sparse._cuda is not built (no such file)"
 
 
+def cuobjdump() -> str | None:
+    """Return the toolkit's, or the one that comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    folders = [] if triton is None or triton.origin is None else [Path(triton.origin).parent / "backends/nvidia/bin"]
+    return shutil.which("cuobjdump") or next((p for f in folders if (p := shutil.which("cuobjdump", path=f))), None)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("unit", UNITS.values())
 def test_the_compiler_neither_spills_nor_serializes(unit: str, tmp_path: Path) -> None:
@@ -208,6 +218,15 @@ def test_the_compiler_neither_spills_nor_serializes(unit: str, tmp_path: Path) -
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     assert len(spills) >= 10
     assert set(spills) == {("0", "0")}
+    disassembler = cuobjdump()
+    if disassembler is None:
+        pytest.skip("no spills and nothing serialized; cuobjdump, which shows the instructions, is not installed")
+    command = [disassembler, "-sass", str(tmp_path / "kernels.cubin")]
+    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    functions = sass.split("Function : ")[1:]
+    assert len(functions) == len(spills)
+    assert all(f"{INSTRUCTIONS[unit]}.SP." in function for function in functions)
+    assert not re.search(r"\b(LDL|STL)\b", sass)  # local memory
 
 
 @pytest.mark.skipif(cuda_hopper._cuda is None, reason="vllm_sparse._cuda is not built")
@@ -242,6 +261,24 @@ class TestChoice:
 
 @gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True])
+def test_activations_with_a_zero_point(static: bool) -> None:
+    weight = dataclasses.replace(random_weight(208, 608, INT8), symmetric_input=False)
+    if static:
+        zero = torch.tensor([-77], dtype=torch.int32)
+        weight = dataclasses.replace(weight, input_scale=torch.tensor([0.03]), input_zero=zero)
+    layer = Layer(weight)
+    for m in EDGES:
+        x = torch.randn(m, 608, device="cuda") + 2 * (torch.arange(m, device="cuda") % 3 - 1)[:, None]
+        operand = quantize_asymmetric(x, layer.packed.get("input_scale"), layer.packed.get("input_zero"))
+        bias = torch.randn(208, device="cuda").to(BF16)
+        got = layer.kernel.apply(layer.spec, layer.packed, operand[0], operand[1], bias, operand[2])
+        want = exact(layer.weight, operand[0] - operand[2], operand[1], bias)
+        assert (got.double() - want).norm() <= TOLERANCE * want.norm(), m
+
+
+@gpu
+@pytest.mark.gpu
 @every_element
 class TestOnGpu:
     def test_every_m(self, element: torch.dtype) -> None:
@@ -259,20 +296,25 @@ class TestOnGpu:
 
     def test_every_configuration_is_exact_on_integers(self, element: torch.dtype) -> None:
         """Sums of small integers are exact in every type: one wrong position or token shows."""
-        layer = Layer(random_weight(336, 1184, element, integers=True))
+        weight = random_weight(336, 1184, element, integers=True)
+        if element == INT8:
+            weight = dataclasses.replace(weight, symmetric_input=False)
+        layer = Layer(weight)
         module, number = cuda_hopper._cuda, ELEMENTS.index(element)
         for index in range(module.hopper_configurations(number)):
             tokens = module.hopper_configuration_tokens(number, index)
             for m in sorted({1, tokens - 1, tokens, tokens + 1, 3 * tokens + 5}):
                 x, x_scale = (None if t is None else t.cuda() for t in codes(m, 1184, element, integers=True))
+                x_zero = torch.randint(-3, 4, (m, 1), device="cuda", dtype=torch.int32) if element == INT8 else None
                 out = torch.full((m, 336), float("nan"), dtype=layer.spec.dtype, device="cuda")
                 module.hopper_linear(
-                    number, x.data_ptr(), 1184 * x.element_size(), cuda_hopper._pointer(x_scale), m > 1,
-                    layer.packed["weight_packed"].data_ptr(), cuda_hopper._pointer(layer.packed.get("weight_scale")),
-                    0, out.data_ptr(), False, m, 336, 1184, 0, index, m % 2 == 0,
-                    torch.cuda.current_stream().cuda_stream,
+                    number, x.data_ptr(), 1184 * x.element_size(), pointer(x_scale), pointer(x_zero), m > 1,
+                    layer.packed["weight_packed"].data_ptr(), pointer(layer.packed.get("weight_scale")),
+                    pointer(layer.packed.get("weight_sum")), 0, out.data_ptr(), False, m, 336, 1184, 0, index,
+                    m % 2 == 0, torch.cuda.current_stream().cuda_stream,
                 )  # fmt: skip
-                assert torch.equal(out, exact(layer.weight, x, x_scale).to(out.dtype)), (index, m)
+                moved = x if x_zero is None else x - x_zero
+                assert torch.equal(out, exact(layer.weight, moved, x_scale).to(out.dtype)), (index, m)
 
     def test_rows_with_a_stride(self, element: torch.dtype) -> None:
         layer = Layer(random_weight(256, 512, element, static=True))
@@ -349,7 +391,18 @@ class TestOnGpu:
         if torch.cuda.device_count() < 2:
             pytest.skip("needs two GPUs")
         layer = Layer(random_weight(320, 512, element), device="cuda:1")
-        assert layer.error(*codes(40, 512, element)) < TOLERANCE
+        first = Layer(random_weight(320, 512, element))
+        stream = torch.cuda.Stream("cuda:1")
+        for m in (1, 40, 300):
+            x, x_scale = codes(m, 512, element)
+            assert layer.error(x, x_scale) < TOLERANCE
+            here, there = first(x, x_scale), layer(x, x_scale)
+            assert torch.equal(here.cpu(), there.cpu())
+            stream.wait_stream(torch.cuda.current_stream("cuda:1"))
+            with torch.cuda.stream(stream):
+                aside = layer(x, x_scale)
+            stream.synchronize()
+            assert torch.equal(aside, there)
         assert torch.cuda.current_device() == 0
 
     def test_op_is_sound(self, element: torch.dtype) -> None:

@@ -62,3 +62,10 @@ class TestOnGpu:
         x = torch.randn(4, 256, device="cuda", dtype=torch.bfloat16)
         checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(torch.ops.vllm_sparse.fp8_quantize.default, (x,), test_utils=checks)
+
+    def test_second_device(self) -> None:
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        x = torch.randn(9, 512, device="cuda:1", dtype=torch.bfloat16)
+        assert same(quantize(x), expected(x))
+        assert torch.cuda.current_device() == 0

@@ -1,4 +1,4 @@
-"""What vLLM generated against a reference model, and the table of it that a test run ends with.
+"""What vLLM generated against a reference model, in a table that a test run ends with.
 
 Everything runs in float32, where sums in another order move a log-probability by less than 1e-4. Where activations are
 quantized they also turn a few codes over a rounding edge, each of which moves its activation by 1/127 of the token's
@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.plugin.models import InputQuantizer
+from tests.tables import add_row
 
 EXACT = 1e-4
 _NOISE = 1e-6  # relative; a few times what float32 rounds to
 _DRAWS, _SLACK = 3, 2
+_TITLE = "vLLM on the CPU against the reference, log-probabilities of greedy tokens"
+_HEAD = ("format", "scheme", "", "tokens the same", "largest difference", "allowed")
 
 
 @dataclass(frozen=True)
@@ -27,22 +30,6 @@ class Continuation:
 
     tokens: list[int]
     logprobs: list[float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: the largest difference of a chosen token's log-probability, and what was allowed."""
-
-    format: str
-    scheme: str
-    how: str
-    same: int
-    total: int
-    difference: float
-    allowed: float
-
-
-ROWS: list[Row] = []
 
 
 def assert_greedy(
@@ -66,9 +53,21 @@ def assert_greedy(
         allowed = max(allowed, _SLACK * _rounding_error(model, prompt, one.tokens))
     gap, difference = torch.cat(gaps), float(torch.cat(differences).max())
     if row is not None:
-        ROWS.append(Row(*row, int((gap == 0).sum()), gap.numel(), difference, allowed))
+        same = f"{int((gap == 0).sum())} of {gap.numel()}"
+        add_row(_TITLE, _HEAD, (*row, same, f"{difference:.1e}", f"{allowed:.1e}"))
     assert float(gap.max()) <= allowed, f"logits below the best: {gap.tolist()}, allowed {allowed}"
     assert difference <= allowed, f"log-probability off by {difference}, allowed {allowed}"
+
+
+def assert_same(continued: list[Continuation], dense: list[Continuation], row: tuple[str, str, str]) -> None:
+    """Assert that a 2:4 model says what vLLM says with the same weights, dense; ``row`` is as in ``assert_greedy``."""
+    pairs = list(zip(continued, dense, strict=True))
+    same = sum(a == b for one, other in pairs for a, b in zip(one.tokens, other.tokens, strict=True))
+    total = sum(len(one.tokens) for one in continued)
+    differences = [abs(a - b) for one, other in pairs for a, b in zip(one.logprobs, other.logprobs, strict=True)]
+    add_row(_TITLE, _HEAD, (*row, f"{same} of {total}", f"{max(differences):.1e}", f"{EXACT:.1e}"))
+    assert same == total, f"{total - same} of {total} tokens are others than those of the dense model"
+    assert max(differences) <= EXACT
 
 
 def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
@@ -93,16 +92,3 @@ def _rounding_error(model: PreTrainedModel, prompt: list[int], tokens: list[int]
         error = max(error, float((_logprobs(model, prompt, tokens) - still).abs().max()))
         quantizer.noise = 0.0
     return error
-
-
-def table() -> list[str]:
-    """Return the lines of the table; none if nothing was compared."""
-    if not ROWS:
-        return []
-    head = ("format", "scheme", "", "tokens the same", "largest difference", "allowed")
-    body = [
-        (r.format, r.scheme, r.how, f"{r.same} of {r.total}", f"{r.difference:.1e}", f"{r.allowed:.1e}")
-        for r in sorted(ROWS, key=lambda r: (r.format, r.scheme, r.how))
-    ]
-    widths = [max(len(line[column]) for line in (head, *body)) for column in range(len(head))]
-    return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in (head, *body)]

@@ -11,6 +11,7 @@ import torch
 
 from tests.plugin.conftest import VllmContext
 from tests.plugin.layers import load, new_config, random_dense
+from tests.tables import add_row
 
 pytest.importorskip("vllm")
 LAYERS, FEATURES = 80, 1024
@@ -36,9 +37,7 @@ class Peak(threading.Thread):
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="only Linux tells how much memory is no file")
-def test_peak_is_the_compressed_model_and_one_layer(
-    vllm_context: VllmContext, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_peak_is_the_compressed_model_and_one_layer(vllm_context: VllmContext) -> None:
     from vllm.model_executor.layers.linear import ReplicatedLinear
 
     dense = random_dense(FEATURES, FEATURES)
@@ -61,9 +60,8 @@ def test_peak_is_the_compressed_model_and_one_layer(
     one = dense.nbytes
     compressed = sum(p.nbytes for layer in layers for p in layer.parameters())
     grown = peak.bytes - before
-    with capsys.disabled():
-        megabytes = [round(size / 1e6, 1) for size in (grown, compressed, LAYERS * one, one)]
-        print("\npeak while loading {} MB; compressed {} MB, dense {} MB, one layer {} MB".format(*megabytes))
+    megabytes = [f"{size / 1e6:.1f}" for size in (grown, compressed, LAYERS * one, one)]
+    add_row("Memory while loading, MB", ("peak", "compressed", "dense", "one layer"), tuple(megabytes))
     assert compressed < LAYERS * one * 0.6
     # Positions are found through int64 indices of one block of rows, about ten times a layer's bf16 while it lasts, and
     # the allocator may keep one such block beside the one in use.

@@ -72,7 +72,7 @@ class BlockHessians:
         except _AllSeenError:
             pass
         finally:
-            if sorted(self._called) == sorted(self._linears):
+            if self._called and sorted(self._called) == sorted(self._linears):
                 self._last = self._called[-1]  # else experts: whom the next batch calls is not known
             self._called.clear()
             self._seen.clear()  # a later tensor may live at the same address

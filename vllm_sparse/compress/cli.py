@@ -20,6 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", help="2:4, another N:M (N kept of every M), or the share of zeros (default 2:4)")
     parser.add_argument("--format", help=f"{', '.join(OUTPUTS)} (default sparse24); dense loads without this package")
     parser.add_argument("--activation", help=f"{', '.join(ACTIVATIONS)} scales for fp8 and int8 (default dynamic)")
+    parser.add_argument("--smooth", type=float, help="strength of SmoothQuant, such as 0.5 (default 0, none)")
+    parser.add_argument(
+        "--keep-dense", help="rule:amount for layers to leave dense, such as owl:0.1 (of the weights) or kurtosis:5"
+    )
     parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default admm)")
     parser.add_argument("--quantizer", help=f"{', '.join(QUANTIZERS)} (default gptq)")
     parser.add_argument(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_sparse.compress.experts import renamed, take_apart
 from vllm_sparse.compress.grid import round_codes
 from vllm_sparse.compress.output import read_dense
 from vllm_sparse.errors import FormatError, NotSparseError
@@ -35,19 +36,30 @@ def load_dense(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
         raise FormatError(f"{path}: quantization method {quantization.get('quant_method')!r} cannot be evaluated here")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    parts = take_apart(model, str(path))
+    model.requires_grad_(False)
+    modules: dict[str, dict[str, str]] = {}
+    for key in checkpoint.tensors:
+        module_name, _, last = renamed(key, config.model_type).rpartition(".")
+        modules.setdefault(module_name, {})[last] = key
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        own = {key.rpartition(".")[2]: key for key in checkpoint.tensors if key.rpartition(".")[0] == name}
-        scheme = form.scheme_of(name) if form is not None and isinstance(module, nn.Linear) else None
+        own = modules.get(name, {})
+        stored_as = next(iter(own.values()), "").rpartition(".")[0]
+        scheme = form.scheme_of(stored_as) if form is not None and isinstance(module, nn.Linear) else None
         if form is not None and scheme is not None and own:
             tensors = {last: checkpoint.load(key) for last, key in own.items()}
             input_scale = tensors.get("input_scale")
-            state[f"{name}.weight"] = _dense_of(form, name, tensors)
+            state[f"{name}.weight"] = _dense_of(form, stored_as, tensors)
             own = {last: key for last, key in own.items() if last == "bias"}
             if scheme.activation is not None:
                 module.register_forward_pre_hook(_round_input(scheme, input_scale))
         state |= {f"{name}.{last}" if name else last: checkpoint.load(key).float() for last, key in own.items()}
+    for name, part in parts.items():
+        owner, _, last = part.tensor.rpartition(".")
+        if last in modules.get(owner, {}):
+            state[name] = checkpoint.load(modules[owner][last])[part.expert, part.rows].float()
     missing = model.load_state_dict(state, strict=False).missing_keys
     head = model.get_output_embeddings()
     for name in missing:

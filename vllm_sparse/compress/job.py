@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from vllm_sparse.compress.calibrate import BlockHessians, Group
 from vllm_sparse.compress.calibration import fingerprint, load_calibration
 from vllm_sparse.compress.generate import generate
+from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.manifest import Manifest
 from vllm_sparse.compress.model import BlockCall, BlockModel
@@ -24,6 +25,8 @@ from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
+from vllm_sparse.compress.sensitivity import choose_dense
+from vllm_sparse.compress.smooth import smooth
 from vllm_sparse.compress.staged import StagedBlock, find_leaders
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
@@ -50,15 +53,37 @@ class Job:
         self._model = BlockModel(checkpoint, device, _compute_dtype(device, self._value_dtype))
         patterns = (*ALWAYS_DENSE, *recipe.ignore)
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
-        self.chosen = [name for name in blocks if not is_ignored(name, patterns)]
-        linears = self._model.all_linears()
-        self.dense = tuple(self.file_name(name) for name in linears if name not in set(self.chosen))
+        self.kept: tuple[Kept, ...] = ()
+        self._choose([name for name in blocks if not is_ignored(name, patterns)])
+
+    def _choose(self, layers: list[str]) -> None:
+        """Decide that ``layers`` are compressed and the others are not."""
+        self.chosen, recipe, linears = layers, self.recipe, self._model.all_linears()
+        dense = [name for name in linears if name not in set(layers)] + self._model.routers()
+        self.dense = tuple(self.file_name(name) for name in dense)
         self._check_layers(linears)
-        scheme = get_scheme(recipe.scheme)
-        spec = LinearSpec(scheme, 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
-        files = [self.file_name(name) for name in self.chosen]
-        pattern = recipe.mask_pattern
-        self.output = make_output(recipe.format, spec, recipe.scale_dtype, pattern, files, self.dense)
+        spec = LinearSpec(get_scheme(recipe.scheme), 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
+        files = [self.file_name(name) for name in layers]
+        self.output = make_output(recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense)
+
+    @torch.no_grad()
+    def keep_dense(self, tokens: Tensor | None) -> None:
+        """Take those layers out that the recipe's rule keeps dense, as the dense model's own inputs show."""
+        if not self.recipe.keep_dense or tokens is None:
+            return
+        linears = self._model.all_linears()
+
+        def extra_bytes(layer: str) -> int:
+            n, k = linears[layer].out_features, linears[layer].in_features
+            return self._bytes_written(f"{self.file_name(layer)}.weight") - self.output.nbytes(layer, n, k)
+
+        with self.phases("keep dense"):
+            model = BlockModel(self.checkpoint, self.device, _compute_dtype(self.device, self._value_dtype))
+            batches = tokens.split(max(1, self.batch_tokens // tokens.shape[1]))
+            rule = KeepDense.parse(self.recipe.keep_dense)
+            self.kept = choose_dense(rule, model, self.chosen, batches, extra_bytes)
+        dense = {name for kept in self.kept for name in kept.layers}
+        self._choose([name for name in self.chosen if name not in dense])
 
     def file_name(self, layer: str) -> str:
         """Return what the checkpoint calls a layer."""
@@ -140,7 +165,12 @@ class Job:
         """Return the bytes of all tensors that a run writes."""
         linears = self._model.all_linears()
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
-        total = sum(self._bytes_written(name) for name in self.checkpoint.tensors if name not in compressed)
+        copied = (name for name in self.checkpoint.tensors if name not in compressed | self._model.packed.keys())
+        total = sum(self._bytes_written(name) for name in copied)
+        for packed, parts in self._model.packed.items():
+            experts = self.checkpoint.tensors[packed].shape[0]
+            for part in (part for name, part in parts.items() if name not in compressed):
+                total += self._bytes_written(packed) // experts // (1 if part.rows == slice(None) else 2)
         for layer in self.chosen:
             n, k = linears[layer].out_features, linears[layer].in_features
             total += self.output.nbytes(layer, n, k)
@@ -165,6 +195,9 @@ class Job:
             with self.phases("propagate"):
                 state.advance_targets(index, block)
         batches = state.batches(index)
+        if recipe.smooth:
+            with self.phases("smooth"):
+                self._smooth(index, block, linears, batches, add)
         if self._in_stages(batches):
             outputs = index + 1 < self.blocks
             staged = StagedBlock(
@@ -218,7 +251,7 @@ class Job:
         self, block: nn.Module, linears: Mapping[str, nn.Linear], batch: tuple[BlockCall, Tensor]
     ) -> dict[str, str]:
         """Return who leads whom, found out once for blocks whose layers have the same names."""
-        start = len(os.path.commonprefix([f"{name}." for name in linears]))
+        start = len(os.path.commonprefix([f"{name}." for name in linears]))  # noqa: RUF071 - all end with a dot
         own = tuple(name[start:] for name in linears)
         if own not in self._leaders:
             found = find_leaders(block, linears, batch)
@@ -243,6 +276,9 @@ class Job:
                 state.advance_targets(index, block)
             with safe_open(shard, framework="pt") as handle:
                 names = list(handle.keys())
+                for name, parameter in block.named_parameters():  # what smoothing changed
+                    if (file_name := self._model.file_name(f"{self._model.prefix}.{index}.{name}")) in names:
+                        parameter.copy_(handle.get_tensor(file_name))
                 for report in reports:
                     layer = self.file_name(report.name)
                     own = [name for name in names if name.rpartition(".")[0] == layer]
@@ -256,9 +292,7 @@ class Job:
         chosen = set(self.chosen)
         return {name: linear for name, linear in self._model.linears(index).items() if name in chosen}
 
-    def _pruned(
-        self, linears: Mapping[str, nn.Linear], groups: Iterable[Group]
-    ) -> Iterator[tuple[Pruned, Inputs]]:
+    def _pruned(self, linears: Mapping[str, nn.Linear], groups: Iterable[Group]) -> Iterator[tuple[Pruned, Inputs]]:
         for group in groups:
             with self.phases("prune"):
                 inputs = Inputs(group, self.recipe)
@@ -283,6 +317,22 @@ class Job:
                     call.run(block, x)
         yield from hessians.groups()
 
+    def _smooth(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        add: _Add,
+    ) -> None:
+        """Move large activations into the weights, and write what changed besides the layers that become 2:4."""
+        prefix = f"{self._model.prefix}.{index}."
+        for name, value in smooth(block, prefix, linears.values(), batches, self.recipe.smooth).items():
+            if name.removesuffix(".weight") not in linears:
+                file_name = self._model.file_name(name)
+                dtype = self.checkpoint.tensors[file_name].dtype
+                add(file_name, value.to(self._value_dtype if dtype == torch.float32 else dtype))
+
     def _refine(
         self,
         index: int,
@@ -306,13 +356,19 @@ class Job:
 
     def finish(self, writer: CheckpointWriter) -> int:
         """Write everything that is not a 2:4 layer; return the bytes of all tensors written."""
-        config = dict(self.checkpoint.config)
+        config, written = dict(self.checkpoint.config), writer.names
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
         for name, info in self.checkpoint.tensors.items():
-            if name in compressed or self._is_tied_head(name):
+            if name in compressed or name in written or self._is_tied_head(name):
                 continue
             tensor = self.checkpoint.load(name)
-            writer.add(name, tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor)
+            tensor = tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor
+            if (parts := self._model.packed.get(name)) is None:
+                writer.add(name, tensor)
+                continue
+            for own, part in parts.items():
+                if own not in compressed:
+                    writer.add(own, tensor[part.expert, part.rows])
         if (quantization := self.output.config()) is not None:
             config["quantization_config"] = quantization
         config.pop("torch_dtype", None)

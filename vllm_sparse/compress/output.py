@@ -30,6 +30,7 @@ class DenseWeight:
     scales: Tensor | None = None
     group_size: int = -1
     input_scale: Tensor | None = None
+    input_zero: Tensor | None = None
 
     def to_dense_codes(self) -> Tensor:
         """Return the stored values."""

@@ -61,6 +61,7 @@ def compress(
     with CheckpointWriter(output, force, keep=resume) as writer:
         job = Job(Checkpoint(_directory(model)), plan, _device(device))
         tokens, described = job.calibration(calibration)
+        job.keep_dense(tokens)
         manifest = Manifest(writer, _identity(job, plan, described)) if resume else None
         with Progress(len(job.chosen), quiet=quiet) as progress:
             layers = tuple(job.layers(writer, tokens, progress, manifest))
@@ -71,6 +72,7 @@ def compress(
             calibration=described,
             layers=layers,
             dense=job.dense,
+            kept=job.kept,
             bytes_before=sum(info.nbytes for info in job.checkpoint.tensors.values()),
             bytes_after=bytes_after,
             verification=job.verify(writer.directory, layers),
@@ -100,7 +102,9 @@ def dry_run(
     plan = _recipe(recipe, options, calibration)
     CheckpointWriter(output, force)
     job = Job(Checkpoint(_directory(model)), plan, _device(device))
-    return make_plan(job, job.calibration(calibration)[0])
+    tokens, _ = job.calibration(calibration)
+    job.keep_dense(tokens)
+    return make_plan(job, tokens)
 
 
 def _recipe(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from vllm_sparse.compress.keep_dense import KeepDense
 from vllm_sparse.compress.llm_compressor import convert_recipe, is_llm_compressor
 from vllm_sparse.compress.output import OUTPUTS
 from vllm_sparse.compress.pattern import Pattern
@@ -29,6 +30,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "pattern": (str,),
     "format": (str,),
     "activation": (str,),
+    "smooth": (int, float),
+    "keep_dense": (str,),
     "group_size": (int, type(None)),
     "iterations": (int, type(None)),
     "dampening": (int, float),
@@ -50,6 +53,8 @@ class Recipe:
         pattern: 2:4, another N:M (N kept of every M), or the share of zeros, such as 0.5.
         format: what is written: sparse24, or dense, with its zeros, which stock vLLM and transformers load.
         activation: dynamic, or static: one scale per layer, from calibration (fp8 and int8).
+        smooth: strength of SmoothQuant, 0 to 1; 0 for none.
+        keep_dense: rule and amount for layers that stay dense besides ``ignore``, such as owl:0.1; "" for none.
         pruner: how the mask is chosen; "none" takes a model that is pruned already.
         quantizer: gptq, rtn, admm (which chooses the mask again, together with the codes), or joint (SparseGPT's own
             pass, which prunes and rounds together).
@@ -71,6 +76,8 @@ class Recipe:
     pattern: str = "2:4"
     format: str = "sparse24"
     activation: str = "dynamic"
+    smooth: float = 0.0
+    keep_dense: str = ""
     pruner: str = "admm"
     quantizer: str = "gptq"
     group_size: int | None = None
@@ -104,8 +111,11 @@ class Recipe:
         for name, least in (("num_samples", 1), ("seq_len", 1), ("refine", 0), ("generate", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.dampening <= 1:
-            raise OptionError(f"dampening must be between 0 and 1, got {self.dampening}")
+        if self.keep_dense:
+            KeepDense.parse(self.keep_dense)
+        for name in ("dampening", "smooth"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         object.__setattr__(self, "group_size", size)
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.iterations is None:
@@ -145,9 +155,14 @@ class Recipe:
         """Whether any step looks at the inputs of a layer."""
         rounds_by_inputs = get_scheme(self.scheme).scaled and self.quantizer != "rtn"
         prunes_by_inputs = self.pruner in ("admm", "sparsegpt", "wanda")
-        return (
-            prunes_by_inputs or rounds_by_inputs or self.squares_iterations > 0 or self.refine > 0 or self.static_input
+        others = (
+            self.squares_iterations > 0
+            or self.refine > 0
+            or self.static_input
+            or self.smooth > 0
+            or bool(self.keep_dense)
         )
+        return prunes_by_inputs or rounds_by_inputs or others
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values that a YAML recipe may hold."""

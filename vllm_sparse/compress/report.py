@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from vllm_sparse.compress.keep_dense import Kept
 from vllm_sparse.compress.layer import LayerReport
 from vllm_sparse.compress.output import Output
 from vllm_sparse.compress.pattern import Pattern
@@ -47,11 +48,12 @@ class Report:
         calibration: source, sequences, tokens and a hash of the token ids; None when none was needed.
         layers: one report per compressed layer, in the order of the model.
         dense: linear layers that were left as they are.
+        kept: those among them that the recipe's ``keep_dense`` chose, with their scores and what they cost in bytes.
         bytes_before, bytes_after: size of all tensors.
         verification: see ``Verification``.
         seconds: wall time.
-        phases: seconds by phase: load, calibrate (the passes that accumulate H), prune (mask and least squares),
-            refine, quantize, write, propagate, verify.
+        phases: seconds by phase: load, smooth, calibrate (the passes that accumulate H), prune (mask and least
+            squares), refine, quantize, write, propagate, verify.
         peak_device_bytes: the most memory that tensors held on the GPU, by phase; empty on a CPU.
         versions: of this package, torch and transformers.
     """
@@ -61,6 +63,7 @@ class Report:
     calibration: dict[str, Any] | None
     layers: tuple[LayerReport, ...]
     dense: tuple[str, ...]
+    kept: tuple[Kept, ...]
     bytes_before: int
     bytes_after: int
     verification: Verification
@@ -73,13 +76,21 @@ class Report:
         """Return the report as JSON text."""
         return json.dumps(asdict(self) | {"recipe": self.recipe.to_dict()}, indent=2) + "\n"
 
+    def _cost(self) -> str:
+        """Return what the layers cost that a rule kept dense."""
+        if not self.kept:
+            return ""
+        layers = sum(len(kept.layers) for kept in self.kept)
+        size = sum(kept.extra_bytes for kept in self.kept) / 1e6
+        return f" ({layers} by {self.recipe.keep_dense}, {size:.1f} MB more)"
+
     def summary(self) -> str:
         """Return two lines for the end of a run."""
         worst = max(self.layers, key=lambda layer: layer.error)
         checked = self.verification
         return (
             f"{len(self.layers)} layers {self.recipe.pattern} {self.recipe.scheme}, "
-            f"{len(self.dense)} linear layers dense; "
+            f"{len(self.dense)} linear layers dense{self._cost()}; "
             f"{self.bytes_before / 1e6:.1f} MB to {self.bytes_after / 1e6:.1f} MB in {self.seconds:.0f} s; "
             f"largest error {worst.error:.3f} ({worst.name})\n"
             f"verified after writing: {_found(checked, self.recipe.mask_pattern, f' in {checked.layers} layers')}"
@@ -146,7 +157,7 @@ def model_card(report: Report, name: str) -> str:
 `{report.model}` with {len(report.layers)} linear layers pruned to {report.recipe.pattern},
 stored as {_stored(report.recipe)}:
 {report.bytes_before / 1e6:.1f} MB of tensors became {report.bytes_after / 1e6:.1f} MB.
-{len(report.dense)} linear layers stay dense.
+{len(report.dense)} linear layers stay dense.{_kept(report)}
 
 ## Use
 ```
@@ -184,6 +195,16 @@ def _found(checked: Verification, pattern: Pattern, where: str = "") -> str:
 
 def _stored(recipe: Recipe) -> str:
     return recipe.scheme if recipe.format == "sparse24" else f"{recipe.scheme}, dense with their zeros"
+
+
+def _kept(report: Report) -> str:
+    if not report.kept:
+        return ""
+    rows = "\n".join(
+        f"| {', '.join(kept.layers)} | {kept.score:.4g} | {kept.extra_bytes / 1e6:.2f} |" for kept in report.kept
+    )
+    rule = report.recipe.keep_dense
+    return f" Of these, `{rule}` chose:\n\n| layers | score | MB more |\n|---|--:|--:|\n{rows}\n"
 
 
 def _use(recipe: Recipe, name: str) -> str:

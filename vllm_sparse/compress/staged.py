@@ -76,9 +76,7 @@ class _Pass(threading.Thread):
         self.join()
 
 
-def find_leaders(
-    block: nn.Module, linears: Mapping[str, nn.Linear], batch: tuple[BlockCall, Tensor]
-) -> dict[str, str]:
+def find_leaders(block: nn.Module, linears: Mapping[str, nn.Linear], batch: tuple[BlockCall, Tensor]) -> dict[str, str]:
     """Return for each of ``linears`` the first one that is given the same input, as one batch shows it."""
     call, x = batch
     with BlockHessians(linears) as hessians, hessians.batch():

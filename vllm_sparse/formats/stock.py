@@ -23,6 +23,8 @@ class Quantized(Protocol):
     def scales(self) -> Tensor | None: ...
     @property
     def input_scale(self) -> Tensor | None: ...
+    @property
+    def input_zero(self) -> Tensor | None: ...
     def to_dense_codes(self) -> Tensor: ...
 
 
@@ -43,6 +45,8 @@ def dense_tensors(weight: Quantized) -> dict[str, Tensor]:
     tensors = {"weight_scale": weight.scales}
     if weight.input_scale is not None:
         tensors["input_scale"] = weight.input_scale
+    if weight.input_zero is not None:
+        tensors["input_zero_point"] = weight.input_zero.to(torch.int8)
     if weight.scheme.activation is not None:
         return {"weight": codes} | tensors
     packed = pack_columns(codes, weight.scheme.weight_bits)
@@ -53,7 +57,7 @@ def stock_config(layers: Mapping[LinearSpec, Sequence[str]], ignore: Sequence[st
     """Return the ``quantization_config``, None if nothing is quantized.
 
     Args:
-        layers: names of the quantized layers by their kind; only scheme, group size and static_input count.
+        layers: names of the quantized layers by their kind; only scheme, group size and how inputs are quantized count.
         ignore: names of the linear layers that are not quantized.
     """
     if not layers:
@@ -86,4 +90,5 @@ def _group(spec: LinearSpec, targets: list[str]) -> dict[str, Any]:
     inputs = None
     if spec.scheme.activation is not None:
         inputs = arguments | {"strategy": "tensor" if spec.static_input else "token", "dynamic": not spec.static_input}
+        inputs["symmetric"] = spec.symmetric_input
     return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}

@@ -224,7 +224,13 @@ class CudaW4A16Kernel(Kernel):
         return packed
 
     def apply(
-        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+        self,
+        spec: LinearSpec,
+        packed: Mapping[str, Tensor],
+        x: Tensor,
+        x_scale: Tensor | None,
+        bias: Tensor | None,
+        x_zero: Tensor | None = None,
     ) -> Tensor:
         return torch.ops.vllm_sparse.w4a16_linear(
             x, packed["weight_packed"], packed.get("channel_scale"), bias, spec.n, spec.group_size
