@@ -128,12 +128,12 @@ struct Gram {
 struct Columns {
     enum class Kind { sparsegpt, gptq, descent } kind;
     std::int64_t count, ld;
-    float* weight;           // sparsegpt and gptq: improved in place; descent: the rounded weight
-    const float* gradient;   // descent
-    std::uint8_t* keep;      // sparsegpt: written; else read
-    const float* scales;     // null: nothing is rounded
-    const float* square;     // the factor of H^-1, upper; descent: H
-    float* errors;           // written: errors; descent: changes
+    float* weight;          // sparsegpt and gptq: improved in place; descent: the rounded weight
+    const float* gradient;  // descent
+    std::uint8_t* keep;     // sparsegpt: written; else read
+    const float* scales;    // null: nothing is rounded
+    const float* square;    // the factor of H^-1, upper; descent: H
+    float* errors;          // written: errors; descent: changes
     float max_code;
     bool fp8;
 };
@@ -149,7 +149,7 @@ struct Tier {
     Range (*range)(const void* x, Dtype dtype, std::int64_t k);  // of a row
     void (*pack)(const PackRow&);
     void (*finish)(const Finish&);
-    const Gram* gram = nullptr;                                                      // null: there is none
+    const Gram* gram = nullptr;                                                           // null: there is none
     void (*columns)(const Columns&, std::int64_t, std::int64_t, std::int64_t) = nullptr;  // rows from, to, of
 };
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.admm import admm, admm_on_grid
+from vllm_sparse.compress.admm import admm
 from vllm_sparse.compress.calibrate import Group
 from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.gptq import gptq, round_to_nearest
@@ -23,8 +23,8 @@ from vllm_sparse.compress.sparsegpt import sparsegpt
 from vllm_sparse.scheme import Scheme, get_scheme
 from vllm_sparse.weight import nonzero_mask
 
-_SWEEPS = 3  # of coordinate descent after GPTQ; what a fourth gains is in the noise
-_REFITS = 2  # of the scales to the codes, with descent before and after each
+_SWEEPS = 2  # of coordinate descent after GPTQ; what a third gains is in the noise
+_REFITS = 2  # of the scales to the codes, each with a sweep after it
 
 
 @dataclass(frozen=True)
@@ -201,16 +201,11 @@ def _quantize(
     elif recipe.quantizer == "joint":
         rounded, _ = sparsegpt(pruned.dense, damped.factor, grid, pattern=recipe.mask_pattern)
     else:
-        if recipe.quantizer == "admm":
-            aim = pruned.dense.masked_fill(damped.dead, 0)
-            rounded, mask = admm_on_grid(aim, sparse, damped.h, grid, recipe.mask_pattern.mask)
-        else:
-            aim, mask = sparse, pruned.mask
-            rounded = gptq(sparse, damped.h, grid, mask)
+        rounded = gptq(sparse, damped.h, grid, pruned.mask)
+        rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
         for _ in range(_REFITS):
-            rounded = coordinate_descent(aim, rounded, damped.h, grid, mask, _SWEEPS)
-            rounded, grid = refit_scales(aim, rounded, damped.h, grid, recipe.scale_dtype)
-        rounded = coordinate_descent(aim, rounded, damped.h, grid, mask, _SWEEPS)
+            rounded, grid = refit_scales(sparse, rounded, damped.h, grid, recipe.scale_dtype)
+            rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, 1)
     return grid.encode(rounded), grid.scales.to(recipe.scale_dtype)
 
 
