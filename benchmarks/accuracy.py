@@ -39,7 +39,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-w4a16": {"scheme": "w4a16"},
     "ours-fp8": {"scheme": "fp8"},
     "ours-int8": {"scheme": "int8"},
-    "ours-refine": {"scheme": "bf16", "refine": 200},
+    "ours-refine": {"scheme": "bf16", "refine": 400, "generate": 896},
 }
 RIVALS = {"llmc-sparsegpt": "sparsegpt", "llmc-sparsegpt-gptq-remasked": "sparsegpt-gptq-remasked"}
 COMPARED = {

@@ -21,6 +21,8 @@ const Tier avx512_tier = {
     range_of_row,
     pack_row,
     finish_rows,
+    nullptr,
+    avx512_columns,
 };
 
 }  // namespace vllm_sparse::cpu

@@ -111,6 +111,33 @@ using Multiply = void (*)(const Block&);
 
 constexpr int kTiles = 5;  // 1, 2, 4, 8, 16 rows
 
+constexpr int kGramColumns = 16;  // of a panel of activations, see calibrate.h
+
+// The inner loops of `gram`. A panel holds 16 columns; each of its lines two tokens, the first one in the lower halves.
+struct Gram {
+    // `tokens` rows of x, `columns` of them left (fewer than 16 in the last panel), into one panel; zeros fill it up.
+    void (*pack)(const std::uint16_t* x, std::int64_t tokens, std::int64_t stride, std::int64_t columns,
+                 std::uint32_t* panel);
+    // The first panel times each of `panels` panels `size` apart, over `lines` lines, added to `sum` with rows `ld`
+    // apart. `columns` are left, as above.
+    void (*multiply)(const std::uint32_t* packed, std::int64_t size, std::int64_t lines, std::int64_t panels,
+                     std::int64_t columns, float* sum, std::int64_t ld);
+};
+
+// One loop over columns, see calibrate.h.
+struct Columns {
+    enum class Kind { sparsegpt, gptq, descent } kind;
+    std::int64_t count, ld;
+    float* weight;           // sparsegpt and gptq: improved in place; descent: the rounded weight
+    const float* gradient;   // descent
+    std::uint8_t* keep;      // sparsegpt: written; else read
+    const float* scales;     // null: nothing is rounded
+    const float* square;     // the factor of H^-1, upper; descent: H
+    float* errors;           // written: errors; descent: changes
+    float max_code;
+    bool fp8;
+};
+
 // What one instruction set offers. Rows of `multiply` are chosen by format, columns by log2 of the tile's rows.
 struct Tier {
     const char* name;
@@ -122,6 +149,8 @@ struct Tier {
     Range (*range)(const void* x, Dtype dtype, std::int64_t k);  // of a row
     void (*pack)(const PackRow&);
     void (*finish)(const Finish&);
+    const Gram* gram = nullptr;                                                      // null: there is none
+    void (*columns)(const Columns&, std::int64_t, std::int64_t, std::int64_t) = nullptr;  // rows from, to, of
 };
 
 extern const Tier scalar_tier;
@@ -129,6 +158,8 @@ extern const Tier scalar_tier;
 extern const Tier avx2_tier;
 extern const Tier avx512_tier;
 extern const Multiply avx512_bf16_multiply[kFormats][kTiles];
+extern const Gram avx512_bf16_gram;
+void avx512_columns(const Columns& loop, std::int64_t from, std::int64_t to, std::int64_t n);
 #elif defined(__aarch64__)
 extern const Tier neon_tier;
 #endif

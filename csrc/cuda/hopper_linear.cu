@@ -96,10 +96,10 @@ bool map_x(const LinearArguments& a, int rows, int bricks, CUtensorMap* map) {
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-bool map_out(const LinearArguments& a, CUtensorMap* map) {
+bool map_out(const LinearArguments& a, int tokens, CUtensorMap* map) {
     const cuuint64_t sizes[2] = {cuuint64_t(a.n), cuuint64_t(a.m)};
     const cuuint64_t strides[1] = {cuuint64_t(a.n) * 2};
-    const cuuint32_t box[2] = {64, 16}, steps[2] = {1, 1};
+    const cuuint32_t box[2] = {64, cuuint32_t(tokens)}, steps[2] = {1, 1};
     return encode_tiled()(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, a.out, sizes, strides, box, steps,
                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -165,7 +165,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.x_planes = row_bytes % kBrickRowBytes == 0;
     CUtensorMap x_map, out_map = {};
     if (!map_x(a, args.x_rows, args.x_planes ? c.bricks : 0, &x_map)) return "the driver refused the tensor map of x";
-    if (c.stores_tiles && !map_out(a, &out_map)) return "the driver refused the tensor map of the output";
+    if (c.stored_tokens > 0 && !map_out(a, c.stored_tokens, &out_map)) return "the driver refused the tensor map of the output";
     args.weight = static_cast<const uint8_t*>(a.weight);
     args.weight_scale = a.weight_scale;
     args.x_scale = a.x_scale;

@@ -65,17 +65,18 @@ struct Tile {
         SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
     static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
-    // Large tiles leave through the copy engine (three buffers of 16 tokens x 64 features per warpgroup): ordinary
-    // stores would block the next tile's loads behind them. Small ones leave by ordinary stores (per warp 16 features,
-    // padded off the banks), which are sooner there.
+    // Large tiles leave through the copy engine, as ordinary stores would block the next tile's loads behind them, and
+    // through the memory of the stage that was read last. Small ones leave by ordinary stores (per warp 16 features,
+    // padded off the banks) from memory of their own, which is sooner there.
     static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 512 && SPLIT == 1;
-    static constexpr int STAGED_TOKENS = STORES_TILES || OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
+    static constexpr int STAGED_TOKENS = OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
     static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
-    static constexpr int OUT_BUFFERS = STORES_TILES ? 3 : 4;  // one per warp
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
+    static constexpr int OUT_BUFFERS = STORES_TILES ? STAGE_BYTES / WARPGROUPS / OUT_BYTES : 4;  // or one per warp
+    static constexpr int STAGING_BYTES = STORES_TILES ? 0 : WARPGROUPS * OUT_BUFFERS * OUT_BYTES;
     static constexpr int SCALE_BYTES = (SCALED ? OUT_TOKENS * 4 + 64 * 4 : 0) + 64 * 2;
-    static constexpr int SHARED_BYTES = 1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES +
-                                        WARPGROUPS * (OUT_BUFFERS * OUT_BYTES + SCALE_BYTES) + (2 * STAGES + 2) * 8;
+    static constexpr int SHARED_BYTES =
+        1024 + STAGES * STAGE_BYTES + EXCHANGE_BYTES + STAGING_BYTES + WARPGROUPS * SCALE_BYTES + (2 * STAGES + 2) * 8;
 
     // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
@@ -243,8 +244,7 @@ __device__ void write_out(const KernelArguments& args, int feature_begin, int to
     }
 }
 
-// The same through the copy engine, whose swizzle keeps the transposing writes off each other's banks. Thread 0 must
-// have waited for the previous tile's stores to be read.
+// The same through the copy engine, whose swizzle keeps the transposing writes off each other's banks.
 template <typename T, typename Out>
 __device__ void store_out(const CUtensorMap* out_map, int feature_begin, int token_begin, int warpgroup, int thread,
                           uint8_t* staging, const Converter<T, Out>& converter,
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
     uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
     Epilogue<T>* const epilogues =
-        reinterpret_cast<Epilogue<T>*>(staging + T::OUT_BUFFERS * T::WARPGROUPS * T::OUT_BYTES);
+        reinterpret_cast<Epilogue<T>*>(staging + T::STAGING_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
     const uint32_t full = ptx::shared_address(epilogues + T::WARPGROUPS), empty = full + T::STAGES * 8;
     const uint32_t exchange_barriers = empty + T::STAGES * 8;
@@ -372,17 +372,9 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     const auto first_token = [&](int tile) {
         return min(tile % args.token_tiles * T::TOKENS, max(0, args.m - T::TOKENS));
     };
-    const auto sync_blocks = [] {
-        if constexpr (T::BLOCKS_PER_CLUSTER > 1) {
-            ptx::cluster_arrive();
-            ptx::cluster_wait();
-        } else {
-            __syncthreads();
-        }
-    };
-
     if (threadIdx.x >= 128 * T::WARPGROUPS + 32) {  // the tokens' warp
-        sync_blocks();
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
         ptx::wait_for_dependencies();
         if (thread == 32) {
             const uint64_t policy = args.stream_weight ? ptx::policy_evict_last() : ptx::policy_evict_normal();
@@ -457,14 +449,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
             ptx::barrier_init_fence();
         }
-        // The first loads of the weight depend on no other kernel: they start before anything else happens.
+        __syncwarp();
+        ptx::cluster_arrive();
+        // The first loads of the weight depend on no other kernel. Asking for them takes as long as the cluster's barrier
+        // and is done meanwhile.
         if (leader) {
             begin_tile();
             for (int s = 0; s < T::STAGES && tile < args.tiles; ++s) load();
             ptx::prefetch_map(&x_map);
         }
         __syncwarp();
-        sync_blocks();
+        ptx::cluster_wait();
         // With many tokens the next kernel would take room from this one's blocks for longer than it saves.
         if (args.token_tiles == 1) ptx::launch_dependents();
         if (leader) {
@@ -475,7 +470,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
         __syncwarp();
     } else {  // the consumers
-        sync_blocks();
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
         ptx::wait_for_dependencies();
         const int lane = thread % 32;
         const int x_brick = args.x_rows * T::CLUSTER * kBrickRowBytes;
@@ -497,8 +493,15 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 }
             }
         };
+        int kept = -1;  // the stage whose memory the previous tile leaves through
+        const auto release_kept = [&] {
+            if (thread == 0) ptx::store_wait_read<0>();
+            ptx::sync_warpgroup(1 + warpgroup);
+            release(kept);
+        };
         const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {
-            uint8_t* const buffers = staging + T::OUT_BUFFERS * warpgroup * T::OUT_BYTES;
+            uint8_t* const own = T::STORES_TILES ? stages + kept * T::STAGE_BYTES : staging;
+            uint8_t* const buffers = own + T::OUT_BUFFERS * warpgroup * T::OUT_BYTES;
             if constexpr (T::STORES_TILES) {
                 store_out(&out_map, feature_begin, token_begin, warpgroup, thread, buffers, converter, d);
             } else {
@@ -536,7 +539,11 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 }
                 wgmma::commit();
                 wgmma::wait<1>();
-                if (previous >= 0) release(previous);
+                if (previous >= 0) {
+                    release(previous);
+                } else if (T::STORES_TILES && kept >= 0) {
+                    release_kept();
+                }
                 previous = ring.stage;
                 ring.advance();
             };
@@ -547,12 +554,16 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
             if (c < last) step(even);
             wgmma::wait<0>();
-            if (previous >= 0) release(previous);
+            if constexpr (T::STORES_TILES) {
+                kept = previous;
+                ptx::sync_consumers<T::WARPGROUPS>();  // all have read it
+            } else if (previous >= 0) {
+                release(previous);
+            }
 
             if constexpr (T::SPLIT > 1) exchange.reduce(warpgroup * 128 + thread, d);
             if (stores) {
                 ptx::copy_async_wait();
-                if (T::STORES_TILES && thread == 0) ptx::store_wait_read<0>();
                 ptx::sync_warpgroup(1 + warpgroup);
                 const int warp = thread / 32;
                 if constexpr (std::is_same_v<typename T::Sum, int>) {
@@ -567,7 +578,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 }
             }
         }
-        if constexpr (T::STORES_TILES) ptx::store_wait_read<0>();
+        if (T::STORES_TILES && kept >= 0) release_kept();
         if constexpr (T::SPLIT > 1) exchange.wait_until_drained();  // as above: the last arrivals from others
     }
 }

@@ -146,6 +146,12 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
+// All consumer warpgroups (of at most three; their own barriers are 1 to 3).
+template <int WARPGROUPS>
+__device__ __forceinline__ void sync_consumers() {
+    asm volatile("bar.sync 4, %0;" ::"n"(128 * WARPGROUPS) : "memory");
+}
+
 __device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
 // ---- background copies of single words by this thread

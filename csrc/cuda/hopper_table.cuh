@@ -11,7 +11,7 @@ using Kernel = void (*)(CUtensorMap, CUtensorMap, KernelArguments);
 struct Configuration {
     int tokens, warpgroups, bricks, cluster, split;
     int threads, shared_bytes;
-    bool stores_tiles;
+    int stored_tokens;  // per copy of a large tile to global memory; 0: ordinary stores
     float tile_us, brick_us;
     Kernel kernel;
 };
@@ -24,7 +24,7 @@ struct Table {
 template <typename T>
 Configuration row(float tile_us, float brick_us) {
     return {T::TOKENS,       T::WARPGROUPS,   T::BRICKS, T::CLUSTER, T::SPLIT,        T::THREADS,
-            T::SHARED_BYTES, T::STORES_TILES, tile_us,   brick_us,   linear_kernel<T>};
+            T::SHARED_BYTES, T::STORES_TILES ? T::STAGED_TOKENS : 0, tile_us, brick_us, linear_kernel<T>};
 }
 
 // The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200

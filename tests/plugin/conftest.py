@@ -29,11 +29,11 @@ def vllm_context(monkeypatch: pytest.MonkeyPatch) -> VllmContext:
     pytest.importorskip("vllm")
     from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor import parameter
-    from vllm.model_executor.layers import linear
+    from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
     @contextmanager
     def context(rank: int = 0, size: int = 1, options: Any = None, load_format: str = "auto") -> Iterator[None]:
-        for module in (parameter, linear):
+        for module in (parameter, linear, vocab_parallel_embedding):
             monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
             monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
         monkeypatch.setattr(linear, "tensor_model_parallel_all_reduce", lambda x: x)

@@ -47,12 +47,12 @@ class Stored:
     reference: PreTrainedModel
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """Return the layers that are compressed: every linear one but the head."""
+def linear_layers(model: PreTrainedModel, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, torch.nn.Linear]:
+    """Return the layers that are compressed: every linear one but the head, if ``ignore`` has it."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        if isinstance(module, torch.nn.Linear) and (name != "lm_head" or name not in ignore)
     }
 
 
@@ -94,11 +94,15 @@ def save_dense(model: PreTrainedModel, path: Path) -> Path:
 
 
 def compress(
-    model: PreTrainedModel, scheme_name: str, static: bool = False, short_scales: bool = True
+    model: PreTrainedModel,
+    scheme_name: str,
+    static: bool = False,
+    short_scales: bool = True,
+    ignore: tuple[str, ...] = ("lm_head",),
 ) -> dict[str, Sparse24Weight]:
     """Return the 2:4 weights of ``model``'s linear layers in a scheme, ``short_scales`` such that bf16 holds them."""
     weights = {}
-    for name, module in linear_layers(model).items():
+    for name, module in linear_layers(model, ignore).items():
         weight = Sparse24Weight.from_dense(module.weight.detach(), SCHEMES["bf16"], layer=name)
         weight = quantize_at_load(weight, SCHEMES[scheme_name], name)
         if weight.scales is not None and short_scales:
@@ -111,7 +115,8 @@ def save_native(
     model: PreTrainedModel, path: Path, scheme_name: str, static: bool = False, ignore: tuple[str, ...] = ("lm_head",)
 ) -> Stored:
     """Write ``model`` as a native checkpoint."""
-    weights = {name: w for name, w in compress(model, scheme_name, static).items() if name not in ignore}
+    weights = compress(model, scheme_name, static, ignore=ignore)
+    weights = {name: weight for name, weight in weights.items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
     fmt = Sparse24Format(SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore)
     return save_as(model, path, weights, fmt.from_weight, fmt.to_config())
@@ -205,7 +210,7 @@ def save_as(
     for name, weight in weights.items():
         del state[f"{name}.weight"]
         state |= {f"{name}.{key}": tensor for key, tensor in encode(weight).items()}
-        linear_layers(model)[name].weight.data.copy_(weight.to_dense())
+        model.get_submodule(name).weight.data.copy_(weight.to_dense())
     config = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": quantization_config}
     with CheckpointWriter(path) as writer:
         for key in sorted(state):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from vllm_sparse.compress.gptq import round_to_nearest
+from vllm_sparse.compress.grid import Grid
 from vllm_sparse.compress.magnitude import Choose, keep_two_of_four
 
 # The penalty that ties the free weights to the pruned ones, for an H of unit diagonal, and the steps taken with each.
 # It starts where the mask still moves freely and ends where it no longer does (docs/decisions/0008-compress-masks.md).
 _PENALTIES = tuple(0.05 * 30 ** (stage / 7) for stage in range(8))
 _STEPS = 6
+_GRID_PENALTIES = (0.35, 0.6, 0.9, 1.5, 3.0)
+_GRID_STEPS = 10
+_Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def admm(weight: Tensor, h: Tensor, choose: Choose = keep_two_of_four) -> tuple[Tensor, Tensor]:
@@ -31,25 +36,57 @@ def admm(weight: Tensor, h: Tensor, choose: Choose = keep_two_of_four) -> tuple[
         D and its mask, ``[n, k]``; ``least_squares`` improves D on this mask.
     """
     scale = h.diagonal().rsqrt()
+
+    def project(moved: Tensor) -> tuple[Tensor, Tensor]:
+        mask = choose(moved.abs())
+        return moved * mask, mask
+
+    pruned, mask = _alternate(weight / scale, h * scale[:, None] * scale, weight / scale, project, _PENALTIES, _STEPS)
+    return pruned * scale, mask
+
+
+def admm_on_grid(weight: Tensor, start: Tensor, h: Tensor, grid: Grid, choose: Choose) -> tuple[Tensor, Tensor]:
+    """Do the same with D on ``grid`` as well: of every group, those stay whose codes take the most off the error.
+
+    Args:
+        start: a pruned weight near the result, ``[n, k]``.
+
+    Returns:
+        D, rounded, and its mask, ``[n, k]``.
+    """
+    scale = h.diagonal().rsqrt()
+
+    def project(moved: Tensor) -> tuple[Tensor, Tensor]:
+        rounded = round_to_nearest(moved * scale, grid) / scale
+        mask = choose(moved.square() - (moved - rounded).square())
+        return rounded * mask, mask
+
+    first, _ = project(start / scale)
     unit = h * scale[:, None] * scale
-    pruned = weight / scale
-    target = pruned @ unit
-    multiplier = torch.zeros_like(pruned)
-    mask = torch.ones_like(pruned, dtype=torch.bool)
-    for penalty in _PENALTIES:
+    pruned, mask = _alternate(weight / scale, unit, first, project, _GRID_PENALTIES, _GRID_STEPS)
+    return round_to_nearest(pruned * scale, grid), mask
+
+
+def _alternate(
+    weight: Tensor, unit: Tensor, pruned: Tensor, project: _Project, penalties: Sequence[float], steps: int
+) -> tuple[Tensor, Tensor]:
+    """Take turns between the free weights, near ``pruned``, and the nearest ones that ``project`` allows."""
+    target = weight @ unit
+    multiplier = torch.zeros_like(weight)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    for penalty in penalties:
         shifted = unit.clone()
         shifted.diagonal().add_(penalty)
         root = _inverse_triangle(torch.linalg.cholesky(shifted))
         with _fast_products(weight.device):
             inverse = root.T @ root
-            for _ in range(_STEPS):
+            for _ in range(steps):
                 right = torch.add(target, pruned, alpha=penalty).sub_(multiplier)
-                # V + multiplier / penalty, whose largest entries D keeps; the multiplier becomes what D leaves.
+                # V + multiplier / penalty, which D is made of; the multiplier becomes what D leaves.
                 moved = torch.addmm(multiplier, right, inverse, beta=1 / penalty)
-                mask = choose(moved.abs())
-                pruned = moved * mask
+                pruned, mask = project(moved)
                 multiplier = moved.sub_(pruned).mul_(penalty)
-    return pruned * scale, mask
+    return pruned, mask
 
 
 def _inverse_triangle(lower: Tensor) -> Tensor:

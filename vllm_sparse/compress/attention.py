@@ -25,7 +25,8 @@ class FastAttention(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is functional.scaled_dot_product_attention and _takes(*args, **kwargs):
-            return causal_attention(*args[:3], scale=kwargs.get("scale"))
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+            return causal_attention(named["query"], named["key"], named["value"], named.get("scale"))
         return function(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Calibration text that the dense model writes itself, for training that would learn a small calibration set by heart."""
+"""Text that the dense model writes itself, for training that would learn a small calibration set by heart."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ class Job:
         self, block: nn.Module, linears: Mapping[str, nn.Linear], batch: tuple[BlockCall, Tensor]
     ) -> dict[str, str]:
         """Return who leads whom, found out once for blocks whose layers have the same names."""
-        start = len(os.path.commonprefix([f"{name}." for name in linears]))
+        start = len(os.path.commonprefix([f"{name}." for name in linears]))  # noqa: RUF071 - all end with a dot
         own = tuple(name[start:] for name in linears)
         if own not in self._leaders:
             found = find_leaders(block, linears, batch)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.admm import admm
+from vllm_sparse.compress.admm import admm, admm_on_grid
 from vllm_sparse.compress.calibrate import Group
 from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.gptq import gptq, round_to_nearest
@@ -201,11 +201,16 @@ def _quantize(
     elif recipe.quantizer == "joint":
         rounded, _ = sparsegpt(pruned.dense, damped.factor, grid, pattern=recipe.mask_pattern)
     else:
-        rounded = gptq(sparse, damped.h, grid, pruned.mask)
+        if recipe.quantizer == "admm":
+            aim = pruned.dense.masked_fill(damped.dead, 0)
+            rounded, mask = admm_on_grid(aim, sparse, damped.h, grid, recipe.mask_pattern.mask)
+        else:
+            aim, mask = sparse, pruned.mask
+            rounded = gptq(sparse, damped.h, grid, mask)
         for _ in range(_REFITS):
-            rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
-            rounded, grid = refit_scales(sparse, rounded, damped.h, grid, recipe.scale_dtype)
-        rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
+            rounded = coordinate_descent(aim, rounded, damped.h, grid, mask, _SWEEPS)
+            rounded, grid = refit_scales(aim, rounded, damped.h, grid, recipe.scale_dtype)
+        rounded = coordinate_descent(aim, rounded, damped.h, grid, mask, _SWEEPS)
     return grid.encode(rounded), grid.scales.to(recipe.scale_dtype)
 
 

@@ -19,7 +19,7 @@ from vllm_sparse.scheme import GROUP_SIZES, get_scheme
 
 PRUNERS = ("admm", "sparsegpt", "wanda", "magnitude", "none")
 ACTIVATIONS = ("dynamic", "static")
-QUANTIZERS = ("gptq", "joint", "rtn")
+QUANTIZERS = ("gptq", "admm", "joint", "rtn")
 # Routers decide which expert sees a token: few weights, and an error in one changes everything after it.
 ALWAYS_DENSE = ("lm_head", r"re:.*[._](gate|router)$")
 _DEFAULT_ITERATIONS = {"admm": 20, "sparsegpt": 20, "wanda": 20, "magnitude": 0, "none": 0}
@@ -56,7 +56,8 @@ class Recipe:
         smooth: strength of SmoothQuant, 0 to 1; 0 for none.
         keep_dense: rule and amount for layers that stay dense besides ``ignore``, such as owl:0.1; "" for none.
         pruner: how the mask is chosen; "none" takes a model that is pruned already.
-        quantizer: gptq, rtn, or joint (SparseGPT's own pass, which prunes and rounds together).
+        quantizer: gptq, rtn, admm (which chooses the mask again, together with the codes), or joint (SparseGPT's own
+            pass, which prunes and rounds together).
         group_size: input features per scale; None: 128 for weight-only schemes, per channel for the others.
         iterations: of least squares on the kept weights; None: 20 after a pruner that looks at inputs, else 0.
         dampening: share of the mean diagonal added to H.

@@ -71,7 +71,7 @@ def _train_kept(linear: nn.Linear, mask: Tensor) -> Any:
 class _Trainer:
     """Adam on the weights of some layers of a block, with a learning rate that falls to zero.
 
-    A step of a small block is a few hundred kernels of microseconds each. On a GPU they are captured once, as one graph.
+    A step of a small block is hundreds of kernels of microseconds each. On a GPU they are captured once, as a graph.
     """
 
     def __init__(self, block: nn.Module, linears: Sequence[nn.Linear], steps: int, capture: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.grid import Grid, fused_block
+from vllm_sparse.compress.grid import Grid, fused_block, fused_columns
 from vllm_sparse.compress.pattern import TWO_OF_FOUR, Pattern
 
 
@@ -41,13 +41,11 @@ def _prune_columns(
     w: Tensor, keep: Tensor, factor: Tensor, grid: Grid | None, start: int, pattern: Pattern = TWO_OF_FOUR
 ) -> Tensor:
     """Prune ``w`` ``[block, n]`` in place and fill ``keep``; return the errors of the columns."""
-    if w.is_cuda and pattern == TWO_OF_FOUR:
-        from vllm_sparse.compress.columns import sparsegpt_columns
-
+    if pattern == TWO_OF_FOUR and (fused := fused_columns(w)) is not None:
         if grid is None:
-            return sparsegpt_columns(w, keep, factor)
+            return fused.sparsegpt_columns(w, keep, factor)
         columns = torch.arange(start, start + len(w), device=w.device)
-        return sparsegpt_columns(w, keep, factor, grid.transposed_scales(columns), grid.scheme)
+        return fused.sparsegpt_columns(w, keep, factor, grid.transposed_scales(columns), grid.scheme)
     errors, diagonal = torch.empty_like(w), factor.diagonal()
     together = pattern.columns or len(w)
     for j in range(len(w)):

@@ -20,7 +20,7 @@ Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # Only loggers below "vllm" print by default.
 logger = init_logger("vllm.vllm_sparse")
 
-TESTED_VERSIONS = ("0.26.0", "0.28.0", "0.32.0")
+TESTED_VERSIONS = ("0.26.0", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 
 
 def vllm_version() -> str:
@@ -75,6 +75,13 @@ def pipeline_parallel_size() -> int:
     """Return over how many pipeline ranks the layers are spread."""
     config = get_current_vllm_config_or_none()
     return 1 if config is None else config.parallel_config.pipeline_parallel_size
+
+
+def shares_embeddings() -> bool:
+    """Return whether the model's head has the weights of its embeddings, and a checkpoint none for it."""
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    return model is not None and bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
 
 
 def begin_online_loading(layer: torch.nn.Module) -> None:
