@@ -97,7 +97,8 @@ def search_grid(
     cost = torch.ones_like(weight[0]) if importance is None else importance
     cost = cost.view(groups.shape[1:])
     rows = len(weight) if weight.is_cuda else _ROWS
-    return Grid(scheme, torch.cat([_scales(g, cost, scheme, scale_dtype, search) for g in groups.split(rows)]), group_size)
+    scales = [_scales(part, cost, scheme, scale_dtype, search) for part in groups.split(rows)]
+    return Grid(scheme, torch.cat(scales), group_size)
 
 
 def _scales(groups: Tensor, cost: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: bool) -> Tensor:

@@ -31,7 +31,8 @@ def choose_dense(
     """
     sizes = {name: linear.weight.numel() for name, linear in model.all_linears().items()}
     found = sorted(_scores(rule.rule, model, set(layers), batches), key=lambda group: -group[1])
-    left, kept = rule.amount * sum(sizes[name] for name in layers), []
+    left = rule.amount * sum(sizes[name] for name in layers)
+    kept: list[Kept] = []
     for names, score in found:
         if rule.amount >= 1:
             if len(kept) == rule.amount:
