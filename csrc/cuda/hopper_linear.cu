@@ -143,6 +143,9 @@ int configuration_tokens(Element element, int configuration) { return table(elem
 int choose_configuration(Element element, int m, int n, int k, int multiprocessors) {
     // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
     constexpr int kOneTile = 192;
+    // Up to this many, blocks of one cluster split the columns sooner than clusters do; and those wait for each other, so
+    // that they all should run at once.
+    constexpr int kNearSplit = 128;
     const Table& t = table(element);
     const int bricks = ceil_div(k * element_bytes(element), kBrickRowBytes);
     int fewest = 128;
@@ -160,7 +163,7 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
         const int64_t clusters = int64_t(count_tiles(c, m, n)) * clusters_per_tile(c);
         const int64_t workers = count_clusters(multiprocessors, blocks_per_cluster(c));
         const int64_t waves = (clusters + workers - 1) / workers;
-        if (clusters_per_tile(c) > 1 && waves > 1) continue;  // clusters that wait for each other run at once
+        if (clusters_per_tile(c) > 1 && (waves > 1 || m <= kNearSplit)) continue;
         const float us = waves * (c.tile_us + c.brick_us * ceil_div(bricks, c.split));
         if (best < 0 || us < best_us) best = i, best_us = us;
     }
