@@ -1,9 +1,10 @@
 """Accuracy of 2:4 models against llm-compressor's, on the same calibration and evaluation tokens.
 
-    python benchmarks/accuracy.py MODEL --rival-python ENV/bin/python -o benchmarks/results/<machine>/accuracy-NAME.json
+    python benchmarks/accuracy.py MODEL --rival ENV -o benchmarks/results/<machine>/accuracy-NAME.json
 
 Text is this interpreter's own standard library, split by file into calibration (three quarters) and evaluation, so that
-no file is in both. ENV holds llmcompressor; without it the rival's rows are left out. Models that are already in --work
+no file is in both. ENV is the rival's own virtual environment, made with pip where there is none; without --rival its
+rows are left out. Models that are already in --work
 are evaluated again and not made again. R = (rival - ours) / (rival - dense) in negative log likelihood: 0 is as good as
 the rival and 1 as good as the dense model; its interval is a bootstrap over evaluation sequences.
 """
@@ -16,6 +17,7 @@ import json
 import math
 import platform
 import subprocess
+import sys
 import sysconfig
 import time
 from datetime import date
@@ -39,8 +41,9 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-w4a16": {"scheme": "w4a16"},
     "ours-fp8": {"scheme": "fp8"},
     "ours-int8": {"scheme": "int8"},
-    "ours-refine": {"scheme": "bf16", "refine": 200},
+    "ours-refine": {"scheme": "bf16", "refine": 400, "generate": 896},
 }
+RIVAL = "llmcompressor==0.14.0.1"
 RIVALS = {"llmc-sparsegpt": "sparsegpt", "llmc-sparsegpt-gptq-remasked": "sparsegpt-gptq-remasked"}
 COMPARED = {
     "ours-one-shot": "llmc-sparsegpt",
@@ -70,6 +73,15 @@ def sequences(ids: Tensor, count: int, length: int, seed: int | None) -> Tensor:
     if seed is None:
         return rows[torch.linspace(0, len(rows) - 1, count).long()]
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def rival_python(environment: Path) -> Path:
+    """Return the interpreter of the rival's ``environment``, which is made first where there is none."""
+    python = environment / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", RIVAL], check=True)
+    return python
 
 
 def is_2of4(model: nn.Module) -> bool:
@@ -115,7 +127,7 @@ class Run:
         tokens = sequences(self.calibration, args.samples, args.seq_len, number)
         work = args.work / f"draw{number}"
         work.mkdir(parents=True, exist_ok=True)
-        if args.rival_python:
+        if args.rival:
             self._rival(tokens, work / "rival", number)
         for method in args.methods:
             path, started, seconds = work / method, time.monotonic(), None
@@ -128,7 +140,9 @@ class Run:
         if not (out / "rival.json").is_file():
             torch.save(tokens, out.with_suffix(".pt"))
             script = Path(__file__).with_name("accuracy_rival.py")
-            subprocess.run([self.args.rival_python, script, self.args.model, out.with_suffix(".pt"), out], check=True)
+            subprocess.run(
+                [rival_python(self.args.rival), script, self.args.model, out.with_suffix(".pt"), out], check=True
+            )
         told = json.loads((out / "rival.json").read_text())
         seconds = (told["sparsegpt_seconds"], told["sparsegpt_seconds"] + told["gptq_seconds"])
         for (method, name), took in zip(RIVALS.items(), seconds, strict=True):
@@ -142,6 +156,12 @@ class Run:
             if rival is not None:
                 gap = recovered(self.likelihoods["dense", -1], rival, ours)
                 gaps.append({"method": method, "rival": COMPARED[method], "draw": draw} | gap)
+        draws = {draw for method, draw in self.likelihoods if method == "ours-fp8"}
+        rounding = [
+            {"draw": draw, "nll_difference": round(float((self.likelihoods["ours-fp8", draw] - bf16).mean()), 5)}
+            for draw in sorted(draws)
+            if (bf16 := self.likelihoods.get(("ours-one-shot", draw))) is not None
+        ]
         versions = {"vllm-sparse": vllm_sparse.__version__, "torch": torch.__version__}
         return {
             "machine": self.args.machine,
@@ -152,6 +172,7 @@ class Run:
             "evaluation": {"sequences": self.args.eval_sequences, "length": 1024},
             "rows": self.rows,
             "recovered": gaps,
+            "fp8_against_bf16": rounding,
         }
 
 
@@ -160,7 +181,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
-    parser.add_argument("--rival-python", help="interpreter of an environment with llmcompressor==0.14.0.1")
+    parser.add_argument("--rival", type=Path, help=f"environment of {RIVAL}, made where there is none")
     parser.add_argument("--methods", nargs="*", default=list(OURS), choices=OURS)
     parser.add_argument("--draws", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=128)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "vllm-sparse"
-SPARSE = (OURS, "cusparselt")
+SPARSE = (OURS, "vllm-sparse-mma", "cusparselt")
 BF16 = ("vllm-cpu-bf16", "torch-bf16")  # the first that was measured
 LAYERS = ("qkv", "o", "gate_up", "down")
 Lines = dict[str, list[tuple[int, float]]]

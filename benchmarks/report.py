@@ -31,7 +31,7 @@ README = ROOT / "README.md"
 BEGIN = "<!-- performance: written by `make report` from benchmarks/results -->"
 END = "<!-- end of performance -->"
 OURS = "vllm-sparse"
-SPARSE = (OURS, "cusparselt")
+SPARSE = (OURS, "vllm-sparse-mma", "cusparselt")
 LAYERS = ("qkv", "o", "gate_up", "down")
 
 

@@ -12,6 +12,11 @@ set(HOPPER_SOURCES
     csrc/cuda/hopper_fp16.cu csrc/cuda/quantize.cu csrc/cuda/w4a16_stream.cu csrc/cuda/w4a16_wgmma.cu)
 set(PORTABLE_SOURCES csrc/cuda/mma_linear.cu csrc/cuda/w4a16_linear.cu csrc/cuda/w4a16_mma.cu)
 
+# A fifth of the size (docs/kernels-mma.md). CUDA 13 needs a driver that can unpack it; one for an older toolkit may not.
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
+    add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
+endif()
+
 add_library(vllm_sparse_cuda STATIC)
 foreach(family HOPPER PORTABLE)
     if(${family}_SOURCES)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cpu/calibrate.h"
 #include "cpu/linear.h"
 
 namespace py = pybind11;
@@ -31,10 +32,10 @@ void pack(cpu::Format format, std::int64_t n, std::int64_t k, Pointer values, Po
 
 void linear(const cpu::Tier& tier, cpu::Format format, std::int64_t n, std::int64_t k, std::int64_t group_size,
             Pointer panels, Pointer group_scales, cpu::Dtype group_scale_dtype, Pointer channel_scales, Pointer sums,
-            Pointer x, cpu::Dtype dtype, std::int64_t m, std::int64_t stride, Pointer input_scale, Pointer y,
-            Pointer bias) {
+            Pointer x, cpu::Dtype dtype, std::int64_t m, std::int64_t stride, Pointer input_scale, Pointer input_zero,
+            bool symmetric_input, Pointer y, Pointer bias) {
     cpu::Quantize quantize = cpu::Quantize::none;
-    if (cpu::takes_int8(format)) quantize = cpu::Quantize::int8;
+    if (cpu::takes_int8(format)) quantize = symmetric_input ? cpu::Quantize::int8 : cpu::Quantize::int8_zero_point;
     if (format == cpu::Format::fp8) quantize = cpu::Quantize::fp8;
     const cpu::Weight weight{format,
                              n,
@@ -45,10 +46,39 @@ void linear(const cpu::Tier& tier, cpu::Format format, std::int64_t n, std::int6
                              group_scale_dtype,
                              at<const float>(channel_scales),
                              at<const void>(sums)};
-    const cpu::Input input{at<const void>(x), dtype, m, stride, quantize, at<const float>(input_scale)};
+    const cpu::Input input{at<const void>(x),
+                           dtype,
+                           m,
+                           stride,
+                           quantize,
+                           at<const float>(input_scale),
+                           at<const std::int32_t>(input_zero)};
     const cpu::Output output{at<void>(y), dtype, at<const void>(bias)};
     py::gil_scoped_release release;
     cpu::linear(tier, weight, input, output);
+}
+
+void gram(const cpu::Tier& tier, Pointer x, std::int64_t m, std::int64_t k, std::int64_t stride, Pointer sum) {
+    py::gil_scoped_release release;
+    cpu::gram(tier, at<const std::uint16_t>(x), m, k, stride, at<float>(sum));
+}
+
+void columns(const cpu::Tier& tier, cpu::Columns::Kind kind, std::int64_t count, std::int64_t n, std::int64_t ld,
+             Pointer weight, Pointer gradient, Pointer keep, Pointer scales, Pointer square, Pointer errors,
+             float max_code, bool fp8) {
+    const cpu::Columns loop{kind,
+                            count,
+                            ld,
+                            at<float>(weight),
+                            at<const float>(gradient),
+                            at<std::uint8_t>(keep),
+                            at<const float>(scales),
+                            at<const float>(square),
+                            at<float>(errors),
+                            max_code,
+                            fp8};
+    py::gil_scoped_release release;
+    cpu::columns(tier, loop, n);
 }
 
 }  // namespace
@@ -67,12 +97,22 @@ PYBIND11_MODULE(_cpu, module) {
         .value("f32", cpu::Dtype::f32)
         .value("bf16", cpu::Dtype::bf16)
         .value("fp16", cpu::Dtype::fp16);
-    py::class_<cpu::Tier>(module, "Tier").def_readonly("name", &cpu::Tier::name);
+    py::enum_<cpu::Columns::Kind>(module, "Kind")
+        .value("sparsegpt", cpu::Columns::Kind::sparsegpt)
+        .value("gptq", cpu::Columns::Kind::gptq)
+        .value("descent", cpu::Columns::Kind::descent);
+    py::class_<cpu::Tier>(module, "Tier")
+        .def_readonly("name", &cpu::Tier::name)
+        .def_property_readonly("has_gram", [](const cpu::Tier& tier) { return tier.gram != nullptr; })
+        .def_property_readonly("has_columns", [](const cpu::Tier& tier) { return tier.columns != nullptr; });
     module.attr("CHANNELS") = cpu::kChannels;
     module.attr("COLUMNS") = cpu::kColumns;
+    module.attr("GRAM_COLUMNS") = cpu::kGramColumns;
     module.def("tiers", tiers, "Names of the instruction-set tiers that this machine runs, best first");
     module.def("find_tier", &cpu::find_tier, py::return_value_policy::reference);
     module.def("panel_bytes", [](cpu::Format format) { return cpu::panel_bytes(format); });
     module.def("pack", pack);
     module.def("linear", linear);
+    module.def("gram", gram);
+    module.def("columns", columns);
 }

@@ -26,16 +26,19 @@ void check(const char* kernel, const char* error) {
     if (error != nullptr) throw std::runtime_error(std::string(kernel) + ": " + error);
 }
 
-void hopper_linear(int element, Pointer x, std::int64_t x_stride, Pointer x_scale, bool x_scale_per_token,
-                   Pointer weight, Pointer weight_scale, Pointer bias, Pointer out, bool half_out, int m, int n, int k,
-                   int device, Pointer scratch, int configuration, bool programmatic, Pointer stream) {
+void hopper_linear(int element, Pointer x, std::int64_t x_stride, Pointer x_scale, Pointer x_zero,
+                   bool x_scale_per_token, Pointer weight, Pointer weight_scale, Pointer weight_sum, Pointer bias,
+                   Pointer out, bool half_out, int m, int n, int k, int device, Pointer scratch, int configuration,
+                   bool programmatic, Pointer stream) {
     const vllm_sparse::hopper::LinearArguments arguments{static_cast<vllm_sparse::hopper::Element>(element),
                                                          at<const void>(x),
                                                          x_stride,
                                                          at<const float>(x_scale),
+                                                         at<const int>(x_zero),
                                                          x_scale_per_token,
                                                          at<const void>(weight),
                                                          at<const float>(weight_scale),
+                                                         at<const int>(weight_sum),
                                                          at<const void>(bias),
                                                          at<void>(out),
                                                          half_out,
@@ -74,15 +77,18 @@ void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias
     check("w4a16_linear", vllm_sparse::w4a16_linear(problem, where, at<CUstream_st>(stream)));
 }
 
-void mma_linear(Pointer x, Pointer x_scale, bool x_scale_per_token, Pointer weight, Pointer channel_scale, Pointer bias,
-                Pointer y, Pointer workspace, int m, int n, int k, int group_size, int weight_type, int x_type,
-                int y_type, int tile, int device, int sm_count, int capability, bool overlap, Pointer stream) {
+void mma_linear(Pointer x, Pointer x_scale, Pointer x_zero, bool x_scale_per_token, Pointer weight,
+                Pointer channel_scale, Pointer weight_sum, Pointer bias, Pointer y, Pointer workspace, int m, int n,
+                int k, int group_size, int weight_type, int x_type, int y_type, int tile, int device, int sm_count,
+                int capability, bool overlap, Pointer stream) {
     using vllm_sparse::mma::Number;
     const vllm_sparse::mma::LinearProblem problem{at<const void>(x),
                                                   at<const float>(x_scale),
+                                                  at<const int>(x_zero),
                                                   x_scale_per_token,
                                                   at<const void>(weight),
                                                   at<const float>(channel_scale),
+                                                  at<const int>(weight_sum),
                                                   at<const void>(bias),
                                                   at<void>(y),
                                                   at<void>(workspace),

@@ -170,6 +170,27 @@ def test_schemes_without_scales_refuse_them():
         make(scheme=SCHEMES["w8a16"], input_scale=torch.ones(1))
 
 
+def test_zero_points_are_of_static_int8_activations_alone():
+    zero, scale = torch.zeros(1, dtype=torch.int32), torch.ones(1)
+    static = make(symmetric_input=False, input_scale=scale, input_zero=zero).spec(torch.bfloat16)
+    assert static.static_input and not static.symmetric_input
+    assert not make(symmetric_input=False).spec(torch.bfloat16).symmetric_input
+    message = "model.q_proj: static activations that are not symmetric, and no others, have a zero point"
+    for changed in (
+        {"input_zero": zero, "input_scale": scale},
+        {"symmetric_input": False, "input_zero": zero},
+        {"symmetric_input": False, "input_scale": scale},
+    ):
+        with pytest.raises(FormatError, match=message):
+            make(**changed)
+    with pytest.raises(
+        FormatError, match=r"model.q_proj: expected an input zero point torch.int32 \[1\], got torch.int8"
+    ):
+        make(symmetric_input=False, input_scale=scale, input_zero=zero.to(torch.int8))
+    with pytest.raises(FormatError, match=r"model.q_proj: scheme w8a16 has no zero point of activations"):
+        make(scheme=SCHEMES["w8a16"], symmetric_input=False)
+
+
 @pytest.mark.parametrize("nibble", [n for n in range(16) if (n & 3) >= (n >> 2)])
 def test_positions_out_of_order_or_repeated_are_refused(nibble):
     positions = torch.full((2, 2), 0x44, dtype=torch.uint8)

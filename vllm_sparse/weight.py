@@ -6,7 +6,7 @@ A 2:4 weight keeps exactly two entries of every aligned group of four along the 
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class LinearSpec:
         dtype: dtype of activations and output outside the layer (bf16, fp16 or fp32).
         scale_dtype: dtype of the weight scales, None when there are none.
         static_input: whether activations are quantized with one scale fixed at calibration.
+        symmetric_input: whether quantized activations have no zero point.
     """
 
     scheme: Scheme
@@ -79,6 +80,7 @@ class LinearSpec:
     dtype: torch.dtype
     scale_dtype: torch.dtype | None
     static_input: bool = False
+    symmetric_input: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Sparse24Weight:
         group_size: input features per scale, -1 for one scale per output channel.
         input_scale: float32 ``[1]``, the static activation scale, or None (dynamic, one per token).
         layer: not kept; the layer's name for the constructor's errors.
+        symmetric_input: False if quantized activations have a zero point: they are (code - zero point) times scale.
+        input_zero: int32 ``[1]``, that of static activations; None when symmetric or dynamic.
 
     The constructor checks shapes and dtypes; ``validate`` checks the data.
 
@@ -110,6 +114,8 @@ class Sparse24Weight:
     group_size: int = -1
     input_scale: Tensor | None = None
     layer: InitVar[str] = "weight"
+    symmetric_input: bool = field(default=True, kw_only=True)
+    input_zero: Tensor | None = field(default=None, kw_only=True)
 
     def __post_init__(self, layer: str) -> None:
         self._check_shapes(layer)
@@ -129,8 +135,9 @@ class Sparse24Weight:
     def spec(self, dtype: torch.dtype) -> LinearSpec:
         """Return the layer description for activations of ``dtype``."""
         scale_dtype = None if self.scales is None else self.scales.dtype
+        static = self.input_scale is not None
         return LinearSpec(
-            self.scheme, self.n, self.k, self.group_size, dtype, scale_dtype, self.input_scale is not None
+            self.scheme, self.n, self.k, self.group_size, dtype, scale_dtype, static, self.symmetric_input
         )
 
     def to(self, device: torch.device | str) -> Sparse24Weight:
@@ -141,6 +148,7 @@ class Sparse24Weight:
             positions=self.positions.to(device),
             scales=None if self.scales is None else self.scales.to(device),
             input_scale=None if self.input_scale is None else self.input_scale.to(device),
+            input_zero=None if self.input_zero is None else self.input_zero.to(device),
         )
 
     def nibbles(self) -> Tensor:
@@ -256,6 +264,20 @@ class Sparse24Weight:
             if self.input_scale.dtype != torch.float32 or list(self.input_scale.shape) != [1]:
                 got = f"{self.input_scale.dtype} {list(self.input_scale.shape)}"
                 raise FormatError(f"{layer}: expected an input scale torch.float32 [1], got {got}")
+        self._check_zero_point(layer)
+
+    def _check_zero_point(self, layer: str) -> None:
+        if self.symmetric_input and self.input_zero is None:
+            return
+        if self.scheme.activation != torch.int8:
+            raise FormatError(f"{layer}: scheme {self.scheme.name} has no zero point of activations")
+        if self.symmetric_input or (self.input_zero is None) != (self.input_scale is None):
+            raise FormatError(f"{layer}: static activations that are not symmetric, and no others, have a zero point")
+        zero = self.input_zero
+        if zero is not None and (zero.dtype != torch.int32 or list(zero.shape) != [1]):
+            raise FormatError(
+                f"{layer}: expected an input zero point torch.int32 [1], got {zero.dtype} {list(zero.shape)}"
+            )
 
 
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,9 +17,12 @@ const Tier avx512_tier = {
      VLLM_SPARSE_TILES_16(multiply_pairs, Avx512, Format::int8),
      VLLM_SPARSE_TILES_16(multiply_pairs, Avx512, Format::w4a8)},
     nullptr,
-    largest_of_row,
+    nullptr,
+    range_of_row,
     pack_row,
     finish_rows,
+    nullptr,
+    avx512_columns,
 };
 
 }  // namespace vllm_sparse::cpu

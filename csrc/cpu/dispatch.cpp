@@ -29,6 +29,7 @@ const Tier& avx512_bf16_tier() {
         Tier t = avx512_tier;
         t.name = "avx512_bf16";
         t.multiply_bf16 = avx512_bf16_multiply;
+        t.gram = &avx512_bf16_gram;
         return t;
     }();
     return tier;

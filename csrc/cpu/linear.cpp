@@ -2,6 +2,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -51,12 +52,12 @@ int log2_tile(int rows) { return rows <= 1 ? 0 : 1 + log2_tile((rows + 1) / 2); 
 
 std::int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-struct Range {
+struct Part {
     std::int64_t begin, end;
 };
 
 // Part `i` of `parts` of 0 .. count - 1.
-Range part(std::int64_t count, std::int64_t i, std::int64_t parts) {
+Part part(std::int64_t count, std::int64_t i, std::int64_t parts) {
     return {count * i / parts, count * (i + 1) / parts};
 }
 
@@ -89,6 +90,7 @@ class Pass {
         const bool bf16_values = input.dtype == Dtype::bf16 || input.quantize == Quantize::fp8;
         if (takes_int8(weight.format)) {
             activation_ = Activation::int8;
+            if (input.quantize == Quantize::int8_zero_point && tier.multiply_lowest) multiply_ = tier.multiply_lowest;
         } else if (bf16_values && tier.multiply_bf16 && tier.multiply_bf16[format][0]) {
             activation_ = Activation::bf16;
             multiply_ = tier.multiply_bf16[format];
@@ -104,9 +106,10 @@ class Pass {
     void run() {
         thread_local Scratch shared;
         const std::size_t scales = round_up(input_.m * sizeof(float), kLine);
-        std::uint8_t* memory = shared.get(scales + padded_rows_ * panels_ * kColumns * element_bytes_);
+        std::uint8_t* memory = shared.get(2 * scales + padded_rows_ * panels_ * kColumns * element_bytes_);
         scales_ = reinterpret_cast<float*>(memory);
-        activations_ = memory + scales;
+        zeros_ = reinterpret_cast<std::int32_t*>(memory + scales);
+        activations_ = memory + 2 * scales;
 #pragma omp parallel
         {
             const std::int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -129,26 +132,39 @@ class Pass {
         return static_cast<const std::uint8_t*>(input_.x) + i * input_.stride * dtype_bytes(input_.dtype);
     }
 
-    void find_scales(Range rows) {
-        const float largest_code = input_.quantize == Quantize::int8 ? 127.0f : 448.0f;
+    bool has_zero_points() const { return input_.quantize == Quantize::int8_zero_point; }
+
+    void find_scales(Part rows) {
         for (std::int64_t i = rows.begin; i < rows.end; ++i) {
-            const float scale =
-                input_.scale ? *input_.scale : tier_.largest(row(i), input_.dtype, weight_.k) / largest_code;
-            scales_[i] = scale == 0 ? 1.0f : scale;  // a row of zeros has codes of zero
+            scales_[i] = input_.scale ? *input_.scale : 0.0f;
+            zeros_[i] = input_.zero ? *input_.zero : 0;
+            if (!input_.scale) find_scale(tier_.range(row(i), input_.dtype, weight_.k), &scales_[i], &zeros_[i]);
+        }
+    }
+
+    // A row of zeros has the scale 1, so that its codes stand for zeros.
+    void find_scale(const Range& range, float* scale, std::int32_t* zero) const {
+        if (has_zero_points()) {
+            *scale = (range.highest - range.lowest) / (kHighestCode - kLowestCode);
+            if (*scale == 0) *scale = 1.0f;
+            *zero = static_cast<std::int32_t>(std::nearbyint(kLowestCode - range.lowest / *scale));
+        } else {
+            *scale = std::max(range.highest, -range.lowest) / (input_.quantize == Quantize::int8 ? 127.0f : 448.0f);
+            if (*scale == 0) *scale = 1.0f;
         }
     }
 
     void lay_out(std::int64_t thread, std::int64_t threads) {
         const std::int64_t count = static_cast<std::int64_t>(tiles_.size());
         if (count >= threads) {
-            const Range mine = part(count, thread, threads);
+            const Part mine = part(count, thread, threads);
             for (std::int64_t i = mine.begin; i < mine.end; ++i) lay_out(tiles_[i], {0, panels_});
         } else {
             for (const Tile& tile : tiles_) lay_out(tile, part(panels_, thread, threads));
         }
     }
 
-    void lay_out(const Tile& tile, Range panels) {
+    void lay_out(const Tile& tile, Part panels) {
         const std::int64_t begin = panels.begin * kColumns, end = std::min(panels.end * kColumns, weight_.k);
         const int real = static_cast<int>(std::min<std::int64_t>(tile.rows, input_.m - tile.first));
         const std::int64_t padded = real < tile.rows ? begin : end / kColumns * kColumns;
@@ -158,10 +174,10 @@ class Pass {
         for (int r = 0; r < real; ++r)
             tier_.pack({row(tile.first + r), memory, begin, end - begin, r, tile.rows, input_.dtype, activation_,
                         input_.quantize, input_.quantize == Quantize::none ? 1.0f : scales_[tile.first + r],
-                        tier_.int8_offset});
+                        has_zero_points() ? zeros_[tile.first + r] : 0, tier_.int8_offset});
     }
 
-    void multiply(Range mine) {
+    void multiply(Part mine) {
         thread_local Scratch own;
         const bool blocked = padded_rows_ > kMaxRows;
         const std::int64_t stripes_per_block = blocked ? kStripesPerBlock : 1;
@@ -174,7 +190,7 @@ class Pass {
         const std::size_t bytes = stripes_per_block * padded_rows_ * kChannels * sizeof(float);
         std::uint8_t* sums = own.get(bytes);
         for (std::int64_t first = mine.begin; first < mine.end; first += stripes_per_block) {
-            const Range block{first, std::min(first + stripes_per_block, mine.end)};
+            const Part block{first, std::min(first + stripes_per_block, mine.end)};
             std::memset(sums, 0, bytes);
             for (std::int64_t panel = 0; panel < panels_; panel += block_panels)
                 for (const Tile& tile : tiles_)
@@ -190,7 +206,7 @@ class Pass {
         return sums + (stripe * padded_rows_ + row) * kChannels * sizeof(float);
     }
 
-    void multiply_tile(std::int64_t stripe, const Tile& tile, Range panels, void* sums) const {
+    void multiply_tile(std::int64_t stripe, const Tile& tile, Part panels, void* sums) const {
         Block block{};
         block.weight = weight_.panels + (stripe * panels_ + panels.begin) * panel_bytes(weight_.format);
         block.activations = activations_of(tile) + panels.begin * kColumns * tile.rows * element_bytes_;
@@ -212,6 +228,7 @@ class Pass {
         f.sums = sums;
         if (weight_.sums) f.weight_sums = static_cast<const std::uint8_t*>(weight_.sums) + channel * 4;
         f.row_scales = input_.quantize == Quantize::none ? nullptr : scales_;
+        f.row_zeros = has_zero_points() ? zeros_ : nullptr;
         f.channel_scales = weight_.channel_scales ? weight_.channel_scales + channel : nullptr;
         if (output_.bias)
             f.bias = static_cast<const std::uint8_t*>(output_.bias) + channel * dtype_bytes(output_.dtype);
@@ -235,6 +252,7 @@ class Pass {
     std::vector<Tile> tiles_;
     std::int64_t element_bytes_, panels_, padded_rows_;
     float* scales_ = nullptr;
+    std::int32_t* zeros_ = nullptr;
     std::uint8_t* activations_ = nullptr;
 };
 

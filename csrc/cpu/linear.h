@@ -31,8 +31,9 @@ struct Input {
     const void* x;
     Dtype dtype;
     std::int64_t m, stride;
-    Quantize quantize;   // none, or the weight format's own: int8, fp8
-    const float* scale;  // [1], of the whole of x; null: each row has its own, from its largest element
+    Quantize quantize;         // none, or the weight format's own: int8 with zero points or without, fp8
+    const float* scale;        // [1], of the whole of x; null: each row has its own, from its elements
+    const std::int32_t* zero;  // [1], the zero point that goes with it
 };
 
 struct Output {

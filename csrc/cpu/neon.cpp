@@ -69,7 +69,8 @@ const Tier neon_tier = {
      VLLM_SPARSE_TILES_16(multiply_pairs, Neon, Format::int8),
      VLLM_SPARSE_TILES_16(multiply_pairs, Neon, Format::w4a8)},
     nullptr,
-    largest_of_row,
+    nullptr,
+    range_of_row,
     pack_row,
     finish_rows,
 };

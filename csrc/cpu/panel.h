@@ -35,8 +35,12 @@ enum class Dtype : int { f32, bf16, fp16 };
 // [k / 4][rows][4] or [k / 8][rows][8], so that one broadcast load gives the columns that a group selects from.
 enum class Activation : int { f32, bf16, int8 };
 
-// Rounding of the activations before they are stored. int8 and fp8 divide by the row's scale first.
-enum class Quantize : int { none, int8, fp8 };
+// Rounding of the activations before they are stored. All but none divide by the row's scale first; int8_zero_point
+// adds the row's zero point.
+enum class Quantize : int { none, int8, int8_zero_point, fp8 };
+
+// Codes of int8 activations: symmetric ones leave -128 out.
+constexpr int kLowestCode = -128, kHighestCode = 127, kLowestSymmetricCode = -127;
 
 namespace {
 
@@ -76,17 +80,20 @@ struct PackRow {
     Activation activation;
     Quantize quantize;
     float scale;  // x / scale is what is rounded
-    int offset;   // added to int8 codes
+    int zero;     // zero point of int8_zero_point, else 0
+    int offset;   // added to int8 codes beside it
 };
 
-// A stripe's finished sums for some rows: (sum - offset * weight_sum) * row_scale * channel_scale * factor + bias.
+// A stripe's finished sums for some rows:
+// (sum - (offset + row_zero) * weight_sum) * row_scale * channel_scale * factor + bias.
 struct Finish {
-    const void* sums;             // [rows][16]
-    const void* weight_sums;      // [16], int32 for Format::int8, float for Format::w4a8, else null
-    const float* row_scales;      // [rows], or null
-    const float* channel_scales;  // [16], or null
-    const void* bias;             // [count] of dtype, or null
-    void* y;                      // [rows][count], rows `stride` elements apart
+    const void* sums;               // [rows][16]
+    const void* weight_sums;        // [16], int32 for Format::int8, float for Format::w4a8, else null
+    const float* row_scales;        // [rows], or null
+    const std::int32_t* row_zeros;  // [rows], or null; only where `integer`
+    const float* channel_scales;    // [16], or null
+    const void* bias;               // [count] of dtype, or null
+    void* y;                        // [rows][count], rows `stride` elements apart
     std::int64_t rows, stride;
     int count;  // channels of the stripe that exist
     float factor;
@@ -95,9 +102,41 @@ struct Finish {
     Dtype dtype;
 };
 
+// The smallest and the largest of some numbers and 0.
+struct Range {
+    float lowest, highest;
+};
+
 using Multiply = void (*)(const Block&);
 
 constexpr int kTiles = 5;  // 1, 2, 4, 8, 16 rows
+
+constexpr int kGramColumns = 16;  // of a panel of activations, see calibrate.h
+
+// The inner loops of `gram`. A panel holds 16 columns; each of its lines two tokens, the first one in the lower halves.
+struct Gram {
+    // `tokens` rows of x, `columns` of them left (fewer than 16 in the last panel), into one panel; zeros fill it up.
+    void (*pack)(const std::uint16_t* x, std::int64_t tokens, std::int64_t stride, std::int64_t columns,
+                 std::uint32_t* panel);
+    // The first panel times each of `panels` panels `size` apart, over `lines` lines, added to `sum` with rows `ld`
+    // apart. `columns` are left, as above.
+    void (*multiply)(const std::uint32_t* packed, std::int64_t size, std::int64_t lines, std::int64_t panels,
+                     std::int64_t columns, float* sum, std::int64_t ld);
+};
+
+// One loop over columns, see calibrate.h.
+struct Columns {
+    enum class Kind { sparsegpt, gptq, descent } kind;
+    std::int64_t count, ld;
+    float* weight;          // sparsegpt and gptq: improved in place; descent: the rounded weight
+    const float* gradient;  // descent
+    std::uint8_t* keep;     // sparsegpt: written; else read
+    const float* scales;    // null: nothing is rounded
+    const float* square;    // the factor of H^-1, upper; descent: H
+    float* errors;          // written: errors; descent: changes
+    float max_code;
+    bool fp8;
+};
 
 // What one instruction set offers. Rows of `multiply` are chosen by format, columns by log2 of the tile's rows.
 struct Tier {
@@ -106,9 +145,12 @@ struct Tier {
     int max_rows;     // of a tile
     Multiply multiply[kFormats][kTiles];
     const Multiply (*multiply_bf16)[kTiles];  // the same from bf16 activations; null, or null entries: from float ones
-    float (*largest)(const void* x, Dtype dtype, std::int64_t k);  // max |x| of a row
+    const Multiply* multiply_lowest;  // [kTiles], Format::int8 with activation codes of -128; null: multiply takes them
+    Range (*range)(const void* x, Dtype dtype, std::int64_t k);  // of a row
     void (*pack)(const PackRow&);
     void (*finish)(const Finish&);
+    const Gram* gram = nullptr;                                                           // null: there is none
+    void (*columns)(const Columns&, std::int64_t, std::int64_t, std::int64_t) = nullptr;  // rows from, to, of
 };
 
 extern const Tier scalar_tier;
@@ -116,6 +158,8 @@ extern const Tier scalar_tier;
 extern const Tier avx2_tier;
 extern const Tier avx512_tier;
 extern const Multiply avx512_bf16_multiply[kFormats][kTiles];
+extern const Gram avx512_bf16_gram;
+void avx512_columns(const Columns& loop, std::int64_t from, std::int64_t to, std::int64_t n);
 #elif defined(__aarch64__)
 extern const Tier neon_tier;
 #endif

@@ -56,9 +56,9 @@ inline float load_as_float(const void* x, std::int64_t i) {
 }
 
 // Adding and taking away 1.5 * 2^23 * grid rounds to multiples of grid, half to even.
-inline float round_to_int8(float v) {
-    v = v > -127.0f ? v : -127.0f;  // in this order NaN becomes a number
-    v = v < 127.0f ? v : 127.0f;
+inline float round_between(float v, float lowest, float highest) {
+    v = v > lowest ? v : lowest;  // in this order NaN becomes a number
+    v = v < highest ? v : highest;
     return (v + 0x1.8p23f) - 0x1.8p23f;
 }
 
@@ -93,8 +93,12 @@ inline void convert(Dtype dtype, const void* x, std::int64_t column, int count, 
 }
 
 inline void quantize(const PackRow& p, int count, float* to) {
-    if (p.quantize == Quantize::int8)
-        for (int i = 0; i < count; ++i) to[i] = round_to_int8(to[i] / p.scale);
+    if (p.quantize == Quantize::int8 || p.quantize == Quantize::int8_zero_point) {
+        const int lowest_code = p.quantize == Quantize::int8 ? kLowestSymmetricCode : kLowestCode;
+        const float lowest = static_cast<float>(lowest_code - p.zero),
+                    highest = static_cast<float>(kHighestCode - p.zero);
+        for (int i = 0; i < count; ++i) to[i] = round_between(to[i] / p.scale, lowest, highest);
+    }
     if (p.quantize == Quantize::fp8)
         for (int i = 0; i < count; ++i) to[i] = round_to_e4m3(to[i] / p.scale);
 }
@@ -128,7 +132,7 @@ void pack_row(const PackRow& p) {
                 break;
             case Activation::int8:
                 for (int i = 0; i < count; ++i)
-                    codes[i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(values[i]) + p.offset);
+                    codes[i] = static_cast<std::uint8_t>(static_cast<std::int32_t>(values[i]) + p.zero + p.offset);
                 scatter<8>(codes, column, count, p);
                 break;
         }
@@ -136,29 +140,32 @@ void pack_row(const PackRow& p) {
 }
 
 template <Dtype dtype>
-inline float largest(const void* x, std::int64_t k) {
-    float lanes[64] = {};
+inline Range range(const void* x, std::int64_t k) {
+    float lowest[64] = {}, highest[64] = {};
     std::int64_t i = 0;
     for (; i + 64 <= k; i += 64) {
         for (int j = 0; j < 64; ++j) {
             const float v = load_as_float<dtype>(x, i + j);
-            const float magnitude = v < 0 ? -v : v;
-            lanes[j] = magnitude > lanes[j] ? magnitude : lanes[j];
+            lowest[j] = v < lowest[j] ? v : lowest[j];
+            highest[j] = v > highest[j] ? v : highest[j];
         }
     }
     for (; i < k; ++i) {
         const float v = load_as_float<dtype>(x, i);
-        const float magnitude = v < 0 ? -v : v;
-        lanes[0] = magnitude > lanes[0] ? magnitude : lanes[0];
+        lowest[0] = v < lowest[0] ? v : lowest[0];
+        highest[0] = v > highest[0] ? v : highest[0];
     }
-    for (int j = 1; j < 64; ++j) lanes[0] = lanes[j] > lanes[0] ? lanes[j] : lanes[0];
-    return lanes[0];
+    for (int j = 1; j < 64; ++j) {
+        lowest[0] = lowest[j] < lowest[0] ? lowest[j] : lowest[0];
+        highest[0] = highest[j] > highest[0] ? highest[j] : highest[0];
+    }
+    return {lowest[0], highest[0]};
 }
 
-float largest_of_row(const void* x, Dtype dtype, std::int64_t k) {
-    if (dtype == Dtype::f32) return largest<Dtype::f32>(x, k);
-    if (dtype == Dtype::bf16) return largest<Dtype::bf16>(x, k);
-    return largest<Dtype::fp16>(x, k);
+Range range_of_row(const void* x, Dtype dtype, std::int64_t k) {
+    if (dtype == Dtype::f32) return range<Dtype::f32>(x, k);
+    if (dtype == Dtype::bf16) return range<Dtype::bf16>(x, k);
+    return range<Dtype::fp16>(x, k);
 }
 
 // A loop over a stripe's channels. Not unrolled: gcc would do that before it looks for vectors, and then find none.
@@ -182,12 +189,11 @@ inline void store(const float* y, int count, void* to) {
 template <Dtype dtype>
 inline void finish(const Finish& f) {
     alignas(64) float scales[kChannels], bias[kChannels] = {}, offsets[kChannels] = {}, y[kChannels];
-    alignas(64) std::int32_t integer_offsets[kChannels] = {}, integers[kChannels];
+    alignas(64) std::int32_t integer_sums[kChannels] = {}, integers[kChannels];
     each_channel([&](int i) { scales[i] = f.channel_scales ? f.channel_scales[i] * f.factor : f.factor; });
     if (f.bias) convert(dtype, f.bias, 0, f.count, bias);
     if (f.integer) {
-        const std::int32_t* weight_sums = static_cast<const std::int32_t*>(f.weight_sums);
-        each_channel([&](int i) { integer_offsets[i] = f.offset * weight_sums[i]; });
+        std::memcpy(integer_sums, f.weight_sums, sizeof integer_sums);
     } else if (f.weight_sums) {
         const float* weight_sums = static_cast<const float*>(f.weight_sums);
         each_channel([&](int i) { offsets[i] = static_cast<float>(f.offset) * weight_sums[i]; });
@@ -196,8 +202,9 @@ inline void finish(const Finish& f) {
     std::uint8_t* to = static_cast<std::uint8_t*>(f.y);
     for (std::int64_t r = 0; r < f.rows; ++r, sums += kLine, to += f.stride * (dtype == Dtype::f32 ? 4 : 2)) {
         if (f.integer) {
+            const std::int32_t offset = f.row_zeros ? f.offset + f.row_zeros[r] : f.offset;
             std::memcpy(integers, sums, sizeof integers);
-            each_channel([&](int i) { y[i] = static_cast<float>(integers[i] - integer_offsets[i]); });
+            each_channel([&](int i) { y[i] = static_cast<float>(integers[i] - offset * integer_sums[i]); });
         } else {
             std::memcpy(y, sums, sizeof y);
             each_channel([&](int i) { y[i] -= offsets[i]; });

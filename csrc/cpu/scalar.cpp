@@ -67,7 +67,8 @@ const Tier scalar_tier = {
      VLLM_SPARSE_TILES_16(multiply_pairs, Scalar, Format::int8),
      VLLM_SPARSE_TILES_16(multiply_pairs, Scalar, Format::w4a8)},
     nullptr,
-    largest_of_row,
+    nullptr,
+    range_of_row,
     pack_row,
     finish_rows,
 };

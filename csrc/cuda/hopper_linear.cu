@@ -143,8 +143,8 @@ int configuration_tokens(Element element, int configuration) { return table(elem
 int choose_configuration(Element element, int m, int n, int k, int multiprocessors) {
     // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
     constexpr int kOneTile = 192;
-    // Up to this many, blocks of one cluster split the columns sooner than clusters do; and those wait for each other, so
-    // that they all should run at once.
+    // Up to this many, blocks of one cluster split the columns sooner than clusters do; and those wait for each other,
+    // so that they all should run at once.
     constexpr int kNearSplit = 128;
     const Table& t = table(element);
     const int bricks = ceil_div(k * element_bytes(element), kBrickRowBytes);
@@ -199,10 +199,13 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.x_planes = row_bytes % kBrickRowBytes == 0;
     CUtensorMap x_map, out_map = {};
     if (!map_x(a, args.x_rows, args.x_planes ? c.bricks : 0, &x_map)) return "the driver refused the tensor map of x";
-    if (c.stored_tokens > 0 && !map_out(a, c.stored_tokens, &out_map)) return "the driver refused the tensor map of the output";
+    if (c.stored_tokens > 0 && !map_out(a, c.stored_tokens, &out_map))
+        return "the driver refused the tensor map of the output";
     args.weight = static_cast<const uint8_t*>(a.weight);
     args.weight_scale = a.weight_scale;
     args.x_scale = a.x_scale;
+    args.x_zero = a.x_zero;
+    args.weight_sum = a.weight_sum;
     args.x_scale_stride = a.x_scale_per_token ? 1 : 0;
     args.bias = a.bias;
     args.out = a.out;

@@ -4,8 +4,8 @@
 // out^T. Two warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer
 // warpgroup multiplies 64 features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c +
 // clusters, ... A cluster is CLUSTER blocks with neighbouring features that share the loads of the tokens, or SPLIT
-// blocks that share a tile's columns; where both are wanted, neighbouring clusters share a tile's columns. Sums are added in the order of the columns: results depend on the configuration, never on
-// timing.
+// blocks that share a tile's columns; where both are wanted, neighbouring clusters share a tile's columns. Sums are
+// added in the order of the columns: results depend on the configuration, never on timing.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,6 +23,8 @@ struct KernelArguments {
     const uint8_t* weight;
     const float* weight_scale;
     const float* x_scale;
+    const int* x_zero;
+    const int* weight_sum;
     const void* bias;
     void* out;
     int m, n;
@@ -204,6 +206,20 @@ struct Converter {
     }
 };
 
+// The sum of (x - zero) * w is that of x * w less zero times the sum of w, exactly. `feature` is this thread's first.
+template <typename T>
+__device__ void subtract_zero_points(const KernelArguments& args, int feature, int token_begin, int lane,
+                                     int (&d)[T::ACCUMULATORS]) {
+    const int low = args.weight_sum[min(feature, args.n - 1)], high = args.weight_sum[min(feature + 8, args.n - 1)];
+#pragma unroll
+    for (int t = 0; t < T::OUT_TOKENS; t += 4) {
+        const int token = token_begin + t / 8 * 8 + 2 * (lane % 4) + t % 8 / 4;
+        const int zero = args.x_zero[min(token, args.m - 1) * args.x_scale_stride];
+        d[t / 8 * 4 + t % 8 / 4] -= zero * low;
+        d[t / 8 * 4 + t % 8 / 4 + 2] -= zero * high;
+    }
+}
+
 // One warpgroup's 64 features x OUT_TOKENS to global memory, each warp's 16 features by itself.
 template <typename T, typename Out>
 __device__ void write_out(const KernelArguments& args, int feature_begin, int token_begin, int thread, uint8_t* staging,
@@ -329,10 +345,11 @@ struct Exchange {
     }
 };
 
-// The same for two clusters, through global memory: every warp writes the sums of the tokens that the other cluster owns,
-// and then a word of its own that says so: the launch's key, which no memory can hold by chance or from another launch,
-// so that nothing has to be initialised. The reader clears it for the next replay of a graph. A cluster does one tile
-// and its partner is the next one of the grid, so each waits for blocks that started just before or will start next.
+// The same for two clusters, through global memory: every warp writes the sums of the tokens that the other cluster
+// owns, and then a word of its own that says so: the launch's key, which no memory can hold by chance or from another
+// launch, so that nothing has to be initialised. The reader clears it for the next replay of a graph. A cluster does
+// one tile and its partner is the next one of the grid, so each waits for blocks that started just before or will start
+// next.
 template <typename T>
 struct FarExchange {
     using Sum = typename T::Sum;
@@ -389,8 +406,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
     uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
     uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
-    Epilogue<T>* const epilogues =
-        reinterpret_cast<Epilogue<T>*>(staging + T::STAGING_BYTES);
+    Epilogue<T>* const epilogues = reinterpret_cast<Epilogue<T>*>(staging + T::STAGING_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
     const uint32_t full = ptx::shared_address(epilogues + T::WARPGROUPS), empty = full + T::STAGES * 8;
     const uint32_t exchange_barriers = empty + T::STAGES * 8;
@@ -492,8 +508,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
         __syncwarp();
         ptx::cluster_arrive();
-        // The first loads of the weight depend on no other kernel. Asking for them takes as long as the cluster's barrier
-        // and is done meanwhile.
+        // The first loads of the weight depend on no other kernel. Asking for them takes as long as the cluster's
+        // barrier and is done meanwhile.
         if (leader) {
             begin_tile();
             for (int s = 0; s < T::STAGES && tile < args.tiles; ++s) load();
@@ -611,6 +627,10 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 ptx::copy_async_wait();
                 ptx::sync_warpgroup(1 + warpgroup);
                 const int warp = thread / 32;
+                if constexpr (std::is_same_v<typename T::Sum, int>) {
+                    const int feature = feature_begin + warp * 16 + lane / 4;
+                    if (args.x_zero != nullptr) subtract_zero_points<T>(args, feature, token_begin, lane, d);
+                }
                 const bool half = T::SCALED ? args.half_out : std::is_same_v<typename T::Element, wgmma::Float16>;
                 if (half) {
                     finish(Converter<T, ToFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);

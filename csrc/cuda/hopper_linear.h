@@ -35,9 +35,11 @@ struct LinearArguments {
     const void* x;  // [m, k], rows `x_stride` bytes apart (multiple of 16), 16-byte aligned
     int64_t x_stride;
     const float* x_scale;  // 8 bits: [m], or [1] if x_scale_per_token is false
+    const int* x_zero;     // int8: as many zero points, or nullptr: there are none
     bool x_scale_per_token;
     const void* weight;         // bricks, 128-byte aligned
     const float* weight_scale;  // 8 bits: [n rounded up to 64]
+    const int* weight_sum;      // [n], each feature's codes added up; nullptr where x_zero is
     const void* bias;           // [n] in the output's type, or nullptr
     void* out;                  // [m, n], contiguous, 16-byte aligned: x's type if that has 16 bits, else
     bool half_out;              // float16 or bfloat16

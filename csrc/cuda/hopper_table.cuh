@@ -12,7 +12,7 @@ struct Configuration {
     int tokens, warpgroups, bricks, cluster, split;
     int threads, shared_bytes;
     int stored_tokens;  // per copy of a large tile to global memory; 0: ordinary stores
-    int part_bytes;  // of scratch memory per block, 0: none
+    int part_bytes;     // of scratch memory per block, 0: none
     float tile_us, brick_us;
     Kernel kernel;
 };
@@ -24,13 +24,23 @@ struct Table {
 
 template <typename T>
 Configuration row(float tile_us, float brick_us) {
-    return {T::TOKENS,       T::WARPGROUPS,   T::BRICKS, T::CLUSTER, T::SPLIT,        T::THREADS,
-            T::SHARED_BYTES, T::STORES_TILES ? T::STAGED_TOKENS : 0, T::FAR_SPLIT ? T::PART_BYTES : 0, tile_us, brick_us, linear_kernel<T>};
+    return {T::TOKENS,
+            T::WARPGROUPS,
+            T::BRICKS,
+            T::CLUSTER,
+            T::SPLIT,
+            T::THREADS,
+            T::SHARED_BYTES,
+            T::STORES_TILES ? T::STAGED_TOKENS : 0,
+            T::FAR_SPLIT ? T::PART_BYTES : 0,
+            tile_us,
+            brick_us,
+            linear_kernel<T>};
 }
 
 // The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200
-// (docs/decisions/0044, 0063, 0064, 0065): they choose between entries, so only their order matters, and up to 192 tokens
-// only that of entries with equal tokens.
+// (docs/decisions/0044, 0063, 0064, 0065): they choose between entries, so only their order matters, and up to 192
+// tokens only that of entries with equal tokens.
 //    tokens warpgroups bricks stages cluster split
 template <typename E>
 Table table_of_8_bits() {
@@ -67,10 +77,9 @@ template <typename E>
 Table table_of_16_bits() {
     static const Configuration rows[] = {
         row<Tile<E, 16, 1, 2, 12, 1, 2>>(0.10f, 0.123f),  // for 8 tokens too: it loads no more than there are
-        row<Tile<E, 32, 1, 2, 9, 1, 2>>(0.10f, 0.129f),
-        row<Tile<E, 64, 1, 2, 7, 1, 2>>(0.69f, 0.132f),   // o, down
-        row<Tile<E, 64, 2, 1, 10, 1, 2>>(0.60f, 0.210f),  // qkv
-        row<Tile<E, 64, 2, 1, 10, 2, 1>>(1.00f, 0.200f),  // gate_up
+        row<Tile<E, 32, 1, 2, 9, 1, 2>>(0.10f, 0.129f),  row<Tile<E, 64, 1, 2, 7, 1, 2>>(0.69f, 0.132f),  // o, down
+        row<Tile<E, 64, 2, 1, 10, 1, 2>>(0.60f, 0.210f),                                                  // qkv
+        row<Tile<E, 64, 2, 1, 10, 2, 1>>(1.00f, 0.200f),                                                  // gate_up
         row<Tile<E, 96, 1, 1, 11, 1, 2>>(1.02f, 0.147f),  // qkv, o, down
         row<Tile<E, 96, 2, 1, 8, 2, 1>>(2.53f, 0.219f),   // gate_up
         row<Tile<E, 128, 1, 1, 9, 1, 2>>(1.63f, 0.190f),  // o, down

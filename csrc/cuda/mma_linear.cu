@@ -19,7 +19,9 @@ Params make_params(const LinearProblem& problem, int* blocks) {
     p.weight = static_cast<const uint8_t*>(problem.weight);
     p.x = static_cast<const uint8_t*>(problem.x);
     p.x_scale = problem.x_scale;
+    p.x_zero = problem.x_zero;
     p.channel_scale = problem.channel_scale;
+    p.weight_sum = problem.weight_sum;
     p.bias = static_cast<const uint16_t*>(problem.bias);
     p.y = static_cast<uint16_t*>(problem.y);
     p.counters = static_cast<int*>(problem.workspace);
@@ -39,8 +41,7 @@ Params make_params(const LinearProblem& problem, int* blocks) {
 }
 
 template <typename C>
-const char* launch(const LinearProblem& problem, const LinearDevice& device, int blocks_per_sm, cudaStream_t stream) {
-    int blocks = device.sm_count * blocks_per_sm;
+const char* launch(const LinearProblem& problem, const LinearDevice& device, int blocks, cudaStream_t stream) {
     Params p = make_params<C>(problem, &blocks);
     const void* kernel = reinterpret_cast<const void*>(mma_linear_kernel<C>);
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
@@ -61,30 +62,27 @@ const char* launch(const LinearProblem& problem, const LinearDevice& device, int
 }
 
 template <typename W, typename X>
-const char* run(const LinearProblem& problem, const LinearDevice& device, int tile, int blocks_per_sm,
-                cudaStream_t stream) {
+const char* run(const LinearProblem& problem, const LinearDevice& device, int tile, int blocks, cudaStream_t stream) {
     using O = Operands<W, X>;
     // Few tokens make short steps: two of them per stage.
     constexpr int kSteps = O::kWiden ? 1 : 2;
     switch (tile) {
         case 0:
-            return launch<Config<O, 1, 1, 1, 8, kSteps>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 1, 1, 1, 8, kSteps>>(problem, device, blocks, stream);
         case 1:
-            return launch<Config<O, 1, 2, 1, 8, kSteps>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 1, 2, 1, 8, kSteps>>(problem, device, blocks, stream);
         case 2:
-            return launch<Config<O, 2, 2, 2, 8, 1>>(problem, device, blocks_per_sm, stream);
+            return launch<Config<O, 2, 2, 2, 8, 1>>(problem, device, blocks, stream);
         default:
             // Widening keeps two sets of sums, so that a warp has room for half as many.
-            return launch<Config<O, O::kWiden ? 2 : 4, 4, 2, O::kWiden ? 8 : 4, 1>>(problem, device, blocks_per_sm,
-                                                                                    stream);
+            return launch<Config<O, O::kWiden ? 2 : 4, 4, 2, O::kWiden ? 8 : 4, 1>>(problem, device, blocks, stream);
     }
 }
 
-const char* run(const LinearProblem& problem, const LinearDevice& device, int tile, int blocks_per_sm,
-                cudaStream_t stream) {
+const char* run(const LinearProblem& problem, const LinearDevice& device, int tile, int blocks, cudaStream_t stream) {
     const auto is = [&](Number weight, Number x) { return problem.weight_type == weight && problem.x_type == x; };
     const auto with = [&](auto weight, auto x) {
-        return run<decltype(weight), decltype(x)>(problem, device, tile, blocks_per_sm, stream);
+        return run<decltype(weight), decltype(x)>(problem, device, tile, blocks, stream);
     };
     if (is(Number::kBf16, Number::kBf16)) return with(__nv_bfloat16(), __nv_bfloat16());
     if (is(Number::kFp16, Number::kFp16)) return with(__half(), __half());
@@ -113,11 +111,21 @@ int choose_tile(const LinearProblem& problem, const LinearDevice& device) {
 // Measured on an H200. One block keeps the memory busy where nothing is computed, and leaves room for the next
 // kernel's. Two hide each other's latencies where there is more to do, if the shared memory holds them and, widening 64
 // tokens, the registers.
-int choose_blocks_per_sm(const LinearProblem& problem, const LinearDevice& device, int tile) {
+//
+// With few tokens two blocks win as well where their shares begin with tiles: where each has one tile or, at the cost
+// of at most a thirtieth of them, all tiles are cut into the same parts.
+int choose_blocks(const LinearProblem& problem, const LinearDevice& device, int tile) {
+    const int most = device.sm_count * kMostBlocksPerSm;
     const bool large_memory = device.capability == 90 || device.capability == 100;
     const bool widen = problem.weight_type != problem.x_type;
     const bool pays = widen ? kTileTokens[tile] <= 32 : kTileTokens[tile] >= 32;
-    return large_memory && pays ? kMostBlocksPerSm : 1;
+    if (!large_memory) return device.sm_count;
+    if (pays) return most;
+    const int tiles = round_up_divide(problem.n, kTileRows) * round_up_divide(problem.m, kTileTokens[tile]);
+    const int whole = most / tiles * tiles;
+    const bool equal = whole == tiles ? 5 * whole >= 4 * most : 30 * whole >= 29 * most;
+    const bool emulated = problem.x_type == Number::kFp8 && emulates_fp8(device.capability);
+    return !widen && !emulated && equal ? whole : device.sm_count;
 }
 
 }  // namespace
@@ -139,7 +147,8 @@ const char* linear(const LinearProblem& problem, const LinearDevice& device, cud
     const DeviceGuard guard(device.index);
     if (guard.error != nullptr) return guard.error;
     const int tile = problem.tile < 0 ? choose_tile(problem, device) : problem.tile;
-    const int blocks = problem.blocks_per_sm > 0 ? problem.blocks_per_sm : choose_blocks_per_sm(problem, device, tile);
+    const int blocks =
+        problem.blocks_per_sm > 0 ? problem.blocks_per_sm * device.sm_count : choose_blocks(problem, device, tile);
     return run(problem, device, tile, blocks, stream);
 }
 

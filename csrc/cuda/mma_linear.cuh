@@ -28,13 +28,15 @@ struct Params {
     const uint8_t* weight;
     const uint8_t* x;
     const float* x_scale;
+    const int* x_zero;
     const float* channel_scale;
+    const int* weight_sum;
     const uint16_t* bias;
     uint16_t* y;
     uint4* partials;
     int* counters;
     int m, n, k;
-    int x_scale_stride;  // 1 per token, 0 for all
+    int x_scale_stride;  // of zero points too: 1 per token, 0 for all
     bool bf16_out;
     int groups;         // scales per row and packed step
     int block_bytes;    // of one row block and packed step
@@ -427,6 +429,26 @@ struct Channels {
     }
 };
 
+// The sum of (x - zero) * w is that of x * w less zero times the sum of w, exactly.
+template <typename C>
+__device__ __forceinline__ void subtract_zero_points(const Params& p, int (&sums)[C::kI][C::kJ][4], int row0,
+                                                     int token0) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < C::kI; ++i) {
+        const int row = row0 + i * kRowBlock + lane / 4;
+        if (row >= p.n) break;
+        const int low = p.weight_sum[row], high = p.weight_sum[row + 8];
+#pragma unroll
+        for (int j = 0; j < 2 * C::kJ; ++j) {
+            const int token = token0 + j / 2 * 8 + 2 * (lane % 4) + j % 2;
+            const int zero = token < p.m ? p.x_zero[token * p.x_scale_stride] : 0;
+            sums[i][j / 2][j % 2] -= zero * low;
+            sums[i][j / 2][j % 2 + 2] -= zero * high;
+        }
+    }
+}
+
 template <typename C>
 __device__ __forceinline__ void store_tile(const Params& p, Sums<C>& sums, const Channels<C>& channels, int row0,
                                            int token0) {
@@ -503,6 +525,9 @@ __device__ __forceinline__ void finish_tile(const Params& p, Sums<C>& sums, cons
         // This thread's columns of instruction j exist while 8 j < tokens.
         const int tokens = p.m - token0 - 2 * static_cast<int>(threadIdx.x % 4);
         if (!add_parts<C>(p, sums, place.row_tile * p.token_tiles + place.token_tile, tokens, last)) return;
+    }
+    if constexpr (std::is_same_v<typename C::O::Sum, int>) {
+        if (p.x_zero != nullptr) subtract_zero_points<C>(p, sums, row0, token0);
     }
     store_tile<C>(p, sums, channels, row0, token0);
 }

@@ -20,9 +20,11 @@ constexpr int kCounterBytes = 4096;
 struct LinearProblem {
     const void* x;         // [m, k], row-major, contiguous, 16-byte aligned
     const float* x_scale;  // [m] or [1], or nullptr: x is not quantized
+    const int* x_zero;     // as many zero points of 8-bit integers, or nullptr: there are none
     bool x_scale_per_token;
     const void* weight;          // packed values, positions and group scales, 16-byte aligned
     const float* channel_scale;  // [n], or nullptr: none, or group scales inside `weight`
+    const int* weight_sum;       // [n], each channel's codes added up; nullptr where x_zero is
     const void* bias;            // [n] in the output's type, or nullptr
     void* y;                     // [m, n]
     void* workspace;             // workspace_bytes(), zero before the first call

@@ -35,12 +35,12 @@ struct W4A16Problem {
     const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
     const void* bias;            // [n] in the activations' type, or nullptr
     void* y;                     // [m, n] in the activations' type
-    void* workspace;             // w4a16_workspace_bytes() bytes; not for wgmma.sp
+    void* workspace;             // w4a16_workspace_bytes() bytes, of the kernels for any GPU alone
     int m, n, k;                 // n % 16 == 0, k % 32 == 0
     int group_size;              // 32, 64, 128, or -1 with channel_scale
     bool bf16;                   // activations and scales are bfloat16, else float16
     W4A16Kernel kernel = W4A16Kernel::kAuto;
-    int slices = 0;  // wgmma.sp: blocks that share a tile's columns, 1 ... 8; 0: by the sizes
+    int slices = 0;  // Hopper: blocks that share a tile's columns, 1 ... 8 (few tokens: 1, 2, 4); 0: by the sizes
 };
 
 struct W4A16Device {
@@ -51,7 +51,7 @@ struct W4A16Device {
 };
 
 // Bytes of workspace that calls which may run at the same time must not share. Before the first call the first
-// kW4A16CounterBytes must be 0 and all others 0xff; every call leaves them so.
+// kW4A16CounterBytes must be 0; every call leaves them so.
 constexpr int kW4A16CounterBytes = 4096;
 size_t w4a16_workspace_bytes(int sm_count);
 

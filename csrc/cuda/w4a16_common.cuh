@@ -21,10 +21,8 @@ constexpr int kUnitBlocks = 64 / kRowBlock;  // rows of one wgmma
 constexpr int kCodeBytes = 512;              // per row block and step: 4 words per lane, one per unit
 constexpr int kPositionBytes = 256;          // 2 words per lane, one per pair of units
 
-// The workspace: a counter per block and two parts of a tile per block, of the kernels for any GPU; two parts per block
-// of the kernels for few tokens on Hopper.
-constexpr size_t kPartBytes = kW4A16Panel * 32 * sizeof(float), kWordBytes = kW4A16Panel * 16 * sizeof(float);
-constexpr size_t words_offset(int sm_count) { return kW4A16CounterBytes + 2 * sm_count * kPartBytes; }
+// The workspace: a counter per block and two parts of a tile per block.
+constexpr size_t kPartBytes = kW4A16Panel * 32 * sizeof(float);
 
 // Bytes of 16 rows x 128 columns: codes, positions, then per row pair (g, g + 8) the scales of each group.
 template <int kGroups>
@@ -36,9 +34,9 @@ struct Params {
     const float* channel_scale;
     const void* bias;
     void* y;
-    float* partials;  // of the kernels for any GPU
-    void* words;      // of those for few tokens on Hopper
+    float* partials;
     int* counters;
+    float unit;  // what the sums are multiplied by
     int m, n, k;
     int steps;        // steps along k
     int token_tiles;  // tiles along m; consecutive tiles share their weights through L2
@@ -159,17 +157,32 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t a, uint32_t mask, uint32_t 
 }
 
 // Eight codes (biased by 8, nibble r of each half-word belongs to register r) to the sparse operand's four registers.
-// Setting a float's exponent so that its last mantissa bits count ones turns a nibble into 128 + code (bfloat16) or
-// 1024 + code (float16); subtracting is exact.
-__device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __nv_bfloat16) {
-    const auto bias = bit_cast<__nv_bfloat162>(0x43084308u);  // 136
+//
+// bfloat16: below 2^-125 floats are evenly spaced, by 2^-133, so that any byte in a half-word's low bits is that many
+// 2^-133: a nibble needs no exponent of its own, in either half of the byte, and one exact multiplication and addition
+// makes it (code - 8) / 128. The sums are multiplied by kCodeUnit.
+template <typename T>
+constexpr float kCodeUnit = std::is_same_v<T, __nv_bfloat16> ? 128.f : 1.f;
+
+__device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __nv_bfloat162 low, __nv_bfloat162 high,
+                                       __nv_bfloat162 low_bias, __nv_bfloat162 high_bias) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const auto biased = bit_cast<__nv_bfloat162>(mask_or(codes >> (4 * r), 0x000f000fu, 0x43004300u));
-        a[r] = bit_cast<uint32_t>(__hsub2(biased, bias));
+    for (int r = 0; r < 4; r += 2) {
+        const uint32_t shifted = codes >> (4 * r);
+        a[r] = bit_cast<uint32_t>(__hfma2(bit_cast<__nv_bfloat162>(shifted & 0x000f000fu), low, low_bias));
+        a[r + 1] = bit_cast<uint32_t>(__hfma2(bit_cast<__nv_bfloat162>(shifted & 0x00f000f0u), high, high_bias));
     }
 }
 
+__device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __nv_bfloat16) {
+    const auto low = bit_cast<__nv_bfloat162>(0x7e807e80u),
+               high = bit_cast<__nv_bfloat162>(0x7c807c80u);  // 2^126, 2^122
+    const auto bias = bit_cast<__nv_bfloat162>(0xbd80bd80u);  // -8 / 128
+    decode(codes, a, low, high, bias, bias);
+}
+
+// float16: setting a float's exponent so that its last mantissa bits count ones turns a nibble into 1024 + code;
+// subtracting is exact.
 __device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __half) {
     const auto low_bias = bit_cast<__half2>(0x64086408u);   // 1024 + 8
     const auto sixteenth = bit_cast<__half2>(0x2c002c00u);  // 1 / 16
@@ -339,9 +352,9 @@ __device__ __forceinline__ void store_unit(const Params& p, const float (&c)[4],
 }
 
 __device__ __forceinline__ float2 load_channel_scale(const Params& p, int row) {
-    if (p.channel_scale == nullptr) return {1.f, 1.f};
+    if (p.channel_scale == nullptr) return {p.unit, p.unit};
     const float* scale = p.channel_scale + row + threadIdx.x % 32 / 4;
-    return {scale[0], scale[8]};
+    return {p.unit * scale[0], p.unit * scale[8]};
 }
 
 template <typename T>
@@ -437,11 +450,11 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.weight = static_cast<const uint8_t*>(problem.weight);
     p.x = static_cast<const uint8_t*>(problem.x);
     p.channel_scale = problem.channel_scale;
+    p.unit = problem.bf16 ? kCodeUnit<__nv_bfloat16> : kCodeUnit<__half>;
     p.bias = problem.bias;
     p.y = problem.y;
     p.counters = static_cast<int*>(problem.workspace);
     p.partials = reinterpret_cast<float*>(static_cast<char*>(problem.workspace) + kW4A16CounterBytes);
-    p.words = nullptr;
     p.m = problem.m, p.n = problem.n, p.k = problem.k;
     p.steps = (problem.k + kStep - 1) / kStep;
     p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;
@@ -492,13 +505,9 @@ struct Launch {
     int blocks, cluster;
 };
 
-inline const char* launch(const Launch& how, Params p, const W4A16Problem& problem, const W4A16Device& device,
-                          int tile_tokens, cudaStream_t stream) {
-    CUtensorMap token_map{};
-    if (device.capability >= 90) {
-        const char* error = describe_tokens(problem, tile_tokens, &token_map);
-        if (error != nullptr) return error;
-    }
+template <typename P>
+const char* launch(const Launch& how, P p, const CUtensorMap& token_map, const W4A16Device& device,
+                   cudaStream_t stream) {
     cudaError_t error = cudaFuncSetAttribute(how.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
     cudaLaunchAttribute attributes[2];
@@ -516,9 +525,20 @@ inline const char* launch(const Launch& how, Params p, const W4A16Problem& probl
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
         attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
     }
-    void* arguments[] = {&p, &token_map};
+    void* arguments[] = {&p, const_cast<CUtensorMap*>(&token_map)};
     error = cudaLaunchKernelExC(&config, how.kernel, arguments);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// For kernels whose token tiles are boxes of `tile_tokens` rows, where the copy engine fetches them.
+inline const char* launch(const Launch& how, const Params& p, const W4A16Problem& problem, const W4A16Device& device,
+                          int tile_tokens, cudaStream_t stream) {
+    CUtensorMap token_map{};
+    if (device.capability >= 90) {
+        const char* error = describe_tokens(problem, tile_tokens, &token_map);
+        if (error != nullptr) return error;
+    }
+    return launch(how, p, token_map, device, stream);
 }
 
 // Family::run<T, kGroups> for the problem's type and group size.

@@ -34,7 +34,7 @@ W4A16Kernel choose(const Choice (&table)[kRows], int tokens) {
 
 }  // namespace
 
-size_t w4a16_workspace_bytes(int sm_count) { return w4a16::words_offset(sm_count) + 2 * sm_count * w4a16::kWordBytes; }
+size_t w4a16_workspace_bytes(int sm_count) { return kW4A16CounterBytes + 2 * sm_count * w4a16::kPartBytes; }
 
 const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
     if (problem.m == 0) return nullptr;
@@ -49,8 +49,8 @@ const char* w4a16_linear(const W4A16Problem& problem, const W4A16Device& device,
         chosen.kernel = device.capability == 90 ? choose(kHopper, problem.m) : choose(kPortable, problem.m);
     }
     if (chosen.kernel >= W4A16Kernel::kWgmma32) return w4a16_wgmma(chosen, device, stream);
-    if (problem.workspace == nullptr) return "w4a16: the mma.sp kernels need a workspace";
     if (chosen.kernel >= W4A16Kernel::kStream8) return w4a16_stream(chosen, device, stream);
+    if (problem.workspace == nullptr) return "w4a16: the kernels for any GPU need a workspace";
     return w4a16_mma(chosen, device, stream);
 }
 

@@ -131,8 +131,36 @@ struct Block {
     }
 };
 
+// bfloat16 with group scales: the multiplication that makes a nibble a number scales it, too. Scales below 2^28 stay
+// finite, and the sums are small by kScaledUnit.
+constexpr float kScaledUnit = 8589934592.f;  // 2^33
+
+template <typename C>
+__device__ __forceinline__ void dequantize_scaled(uint32_t (&a)[kUnits][4], const Block<C>& block) {
+    const auto low_unit = bit_cast<__nv_bfloat162>(0x71807180u), high_unit = bit_cast<__nv_bfloat162>(0x6f806f80u);
+    const auto minus_eight = bit_cast<__nv_bfloat162>(0xb080b080u);  // 2^100, 2^96; -2^-30
+    const uint32_t words[kUnits] = {block.codes.x, block.codes.y, block.codes.z, block.codes.w};
+    constexpr int kUnitsPerGroup = kUnits / C::kGroups;
+#pragma unroll
+    for (int group = 0; group < C::kGroups; ++group) {
+        const uint32_t both = block.scales[group];
+        const auto low = bit_cast<__nv_bfloat162>(__byte_perm(both, 0, 0x1010)),
+                   high = bit_cast<__nv_bfloat162>(__byte_perm(both, 0, 0x3232));
+        const auto low_scale = __hmul2(low, low_unit), high_scale = __hmul2(high, high_unit);
+        const auto low_bias = __hmul2(low, minus_eight), high_bias = __hmul2(high, minus_eight);
+#pragma unroll
+        for (int unit = group * kUnitsPerGroup; unit < (group + 1) * kUnitsPerGroup; ++unit) {
+            decode(words[unit], a[unit], low_scale, high_scale, low_bias, high_bias);
+        }
+    }
+}
+
+template <typename T, typename C>
+constexpr bool kScalesInDecoding = C::kGroups > 0 && std::is_same_v<T, __nv_bfloat16>;
+
 template <typename T, typename C>
 __device__ __forceinline__ void dequantize(uint32_t (&a)[kUnits][4], const Block<C>& block) {
+    if constexpr (kScalesInDecoding<T, C>) return dequantize_scaled(a, block);
     const uint32_t words[kUnits] = {block.codes.x, block.codes.y, block.codes.z, block.codes.w};
 #pragma unroll
     for (int unit = 0; unit < kUnits; ++unit) {
@@ -413,6 +441,7 @@ void divide_work(Params& p, int forced_slices, const W4A16Device& device) {
 template <typename T, typename C>
 const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
     Params p = make_params(problem, kW4A16Panel, C::kTokens);
+    if (kScalesInDecoding<T, C>) p.unit = kScaledUnit;
     divide_work<T, C>(p, problem.slices, device);
     const int clusters = concurrent_clusters<T, C>(p.slices, device);
     const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, MixtralConfig
+from transformers import GPT2Config
 
 from tests.compress.conftest import make_model
 from vllm_sparse.compress import compress
@@ -51,15 +51,6 @@ def test_blocks_without_linear_layers(tmp_path, text):
     config = GPT2Config(vocab_size=257, n_embd=32, n_layer=1, n_head=2, n_positions=128)
     make_model(tmp_path / "model", config=config)
     fails(UnsupportedError, "no repeated blocks with nn.Linear layers", tmp_path / "model", tmp_path, text)
-
-
-def test_experts_in_one_tensor(tmp_path, text):
-    config = MixtralConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    make_model(tmp_path / "model", config=config)
-    fails(UnsupportedError, "its layers hold all experts in one tensor", tmp_path / "model", tmp_path, text)
 
 
 def test_input_features_no_multiple_of_four(tmp_path, text):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.formats.checkpoints import write_checkpoint, write_raw
-from tests.formats.encoders import bitmask_of, encode_legacy
+from tests.formats.encoders import bitmask_of, encode, encode_legacy
 from tests.formats.golden import CASES, FOLDER, config, layer
 from tests.formats.weights import random_weight, same_bits, same_weight
 from vllm_sparse.cli import main
@@ -268,6 +268,31 @@ def test_zero_points_of_zero_are_dropped_and_others_refused(tmp_path):
                 convert(tmp_path / "in", tmp_path / "out", force=True)
         else:
             assert convert(tmp_path / "in", tmp_path / "out").sparse == 1
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_activations_with_a_zero_point_stay_so(tmp_path, static):
+    case = next(case for case in CASES if case.name == "bitmask-int8")
+    quantization = config(case)
+    inputs = quantization["config_groups"]["group_0"]["input_activations"]
+    inputs |= {"symmetric": False} | ({"dynamic": False, "strategy": "tensor"} if static else {})
+    extra = (
+        {"input_scale": torch.tensor(0.25), "input_zero_point": torch.tensor(-7, dtype=torch.int8)} if static else {}
+    )
+    tensors = {f"{MODULE}.{name}": tensor for name, tensor in (encode(case, layer(case)) | extra).items()}
+    source = write_checkpoint(tmp_path / "in", tensors, quantization)
+    convert(source, tmp_path / "native")
+    with Checkpoint(tmp_path / "native") as native:
+        form = detect(native.config["quantization_config"])
+        names = [name for name in native.tensors if name.startswith(MODULE)]
+        weight = form.to_weight(MODULE, {name.rpartition(".")[2]: native.load(name) for name in names})
+    assert not weight.symmetric_input and (weight.input_zero is not None) == static
+    assert not static or weight.input_zero.tolist() == [-7]
+    convert(source, tmp_path / "dense", to="dense")
+    with Checkpoint(tmp_path / "dense") as dense:
+        group = dense.config["quantization_config"]["config_groups"]["group_0"]
+        assert group["input_activations"]["symmetric"] is False
+        assert (f"{MODULE}.input_zero_point" in dense.tensors) == static
 
 
 def test_the_command_prints_what_it_did(tmp_path, capsys):

@@ -85,7 +85,8 @@ def test_recognising_never_raises(key, value):
         (WEIGHTS_8 | {"strategy": "block"}, INPUTS_8, None),
         (WEIGHTS_8 | {"strategy": "group", "group_size": 128}, INPUTS_8, None),
         (WEIGHTS_8 | {"type": "int"}, INPUTS_8 | {"type": "int"}, "int8"),
-        (WEIGHTS_8 | {"type": "int"}, INPUTS_8 | {"type": "int", "symmetric": False}, None),
+        (WEIGHTS_8 | {"type": "int"}, INPUTS_8 | {"type": "int", "symmetric": False}, "int8"),
+        (WEIGHTS_8, INPUTS_8 | {"symmetric": False}, None),
         (WEIGHTS_8 | {"type": "int"}, None, "w8a16"),
         (WEIGHTS_8 | {"type": "int", "symmetric": False}, None, None),
         (WEIGHTS_8 | {"type": "int"}, INPUTS_8, None),
@@ -232,9 +233,20 @@ def test_groups_may_be_stored_in_different_formats():
         form.tensors("lm_head", 64, 64, torch.bfloat16)
 
 
-def test_asymmetric_activations_are_left_to_vllm():
-    weights = WEIGHTS_8 | {"type": "int"}
-    found = compressed("int-quantized", weights, INPUTS_8 | {"type": "int", "symmetric": False})
+def test_activations_with_a_zero_point():
+    inputs = INPUTS_8 | {"type": "int", "symmetric": False}
+    static = inputs | {"dynamic": False, "strategy": "tensor"}
+    for given, more in ((inputs, []), (static, ["input_scale", "input_zero_point"])):
+        form = detect(compressed("int-quantized", WEIGHTS_8 | {"type": "int"}, given))
+        assert not form.symmetric_input("x")
+        assert [spec.name for spec in form.tensors("x", 8, 16, torch.bfloat16)] == ["weight", "weight_scale", *more]
+    assert detect(compressed("int-quantized", WEIGHTS_8 | {"type": "int"}, INPUTS_8 | {"type": "int"})).symmetric_input(
+        "x"
+    )
+
+
+def test_asymmetric_fp8_is_left_to_vllm():
+    found = compressed("float-quantized", WEIGHTS_8, INPUTS_8 | {"symmetric": False})
     assert detect(found).scheme_of("x") is None
     promised = found | {"format": "int-quantized", "sparsity_config": DENSE | {"format": "sparse-24-bitmask"}}
     with pytest.raises(FormatError, match="x: stored as sparse-24-bitmask, but quantized in a way that no 2:4 scheme"):

@@ -1,5 +1,7 @@
 """The native format: bits as docs/formats.md has them, round trips, and configs and tensors that lie."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,6 +77,27 @@ def test_fused_parts_take_the_largest_input_scale():
     assert form.to_weight("qkv", tensors, [2, 2, 2]).input_scale.tolist() == [2.0]
 
 
+def test_activations_with_a_zero_point():
+    config = BASE | {"scheme": "int8", "activation": "static", "symmetric_activation": False}
+    form = Sparse24Format.from_config(config)
+    assert form.to_config() == config | {"scale_dtype": "float32", "ignore": []}
+    scale, zero = torch.tensor([0.5]), torch.tensor([-100], dtype=torch.int32)
+    weight = random_weight(SCHEMES["int8"], 6, 8)
+    weight = dataclasses.replace(weight, input_scale=scale, symmetric_input=False, input_zero=zero, layer="q")
+    tensors = form.from_weight(weight)
+    assert tensors["input_zero_point"].dtype == torch.int8
+    again = form.to_weight("q", tensors)
+    assert again.input_scale.tolist() == [0.5] and again.input_zero.tolist() == [-100]
+    assert again.spec(torch.bfloat16) == weight.spec(torch.bfloat16) and not again.spec(torch.bfloat16).symmetric_input
+    # Codes of q stand for -14 … 113.5, those of k for -64 … 63.5: together for -64 … 113.5.
+    tensors |= {"input_scale": torch.tensor([0.5, 0.5]), "input_zero_point": torch.tensor([-100, 0], dtype=torch.int8)}
+    fused = form.to_weight("qk", tensors, [2, 4])
+    assert fused.input_scale.item() == pytest.approx(177.5 / 255)
+    assert fused.input_zero.tolist() == [round(-128 + 64 * 255 / 177.5)]
+    dynamic = Sparse24Format.from_config(BASE | {"scheme": "int8", "symmetric_activation": False})
+    assert dynamic.to_weight("q", dynamic.from_weight(weight)).spec(torch.bfloat16).symmetric_input is False
+
+
 @given(st.lists(st.integers(-8, 7), min_size=2, max_size=24).filter(lambda codes: len(codes) % 2 == 0))
 def test_int4_codes_pack_and_unpack(codes):
     tensor = torch.tensor([codes], dtype=torch.int8)
@@ -101,6 +124,10 @@ def test_ignored_layers_are_left_to_others():
         ({"version": 2, "scheme": "fp8"}, "format version 2 is not 1; update vllm-sparse"),
         ({"version": None, "scheme": "fp8"}, "format version None is not 1"),
         ({"scheme": "fp8", "zero_points": True}, "unknown key 'zero_points' in a version 1 sparse24 config"),
+        (
+            {"scheme": "fp8", "symmetric_activation": False},
+            "of scheme fp8: symmetric_activation False is not one of True",
+        ),
         ({}, "scheme None is not one of bf16, fp8, int8, w4a16, w8a16"),
         ({"scheme": ["fp8"]}, r"scheme \['fp8'\] is not one of"),
         ({"scheme": "w4a16", "group_size": 16}, "of scheme w4a16: group_size 16 is not one of -1, 32, 64, 128"),

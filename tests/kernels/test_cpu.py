@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vllm_sparse.errors import OptionError
 from vllm_sparse.kernels import choose_kernel, cpu
-from vllm_sparse.kernels.reference import quantize_activations
+from vllm_sparse.kernels.reference import ReferenceKernel, quantize_activations, quantize_asymmetric
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight, pack_nibbles
 
@@ -67,6 +68,7 @@ def random_weight(
     group_size: int = -1,
     scales: torch.dtype = torch.float32,
     static: bool = False,
+    symmetric: bool = True,
 ) -> Sparse24Weight:
     kind = get_scheme(scheme)
     low, high = (-8, 7) if kind.weight_bits == 4 else (-128, 127)
@@ -78,12 +80,17 @@ def random_weight(
         (torch.rand(n, groups) + 0.5).to(scales) if kind.scaled else None,
         group_size,
         torch.tensor([0.011]) if static else None,
+        symmetric_input=symmetric,
+        input_zero=torch.tensor([-37], dtype=torch.int32) if static and not symmetric else None,
     )
 
 
 def expected(weight: Sparse24Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     operand = x.double()
-    if weight.scheme.activation is not None:
+    if not weight.symmetric_input:
+        codes, scale, zero = quantize_asymmetric(x, weight.input_scale, weight.input_zero)
+        operand = (codes.double() - zero) * scale.double()
+    elif weight.scheme.activation is not None:
         codes, scale = quantize_activations(x, weight.scheme.activation, weight.input_scale)
         operand = codes.double() * scale.double()
     y = operand @ weight.to_dense(torch.float64).T
@@ -187,6 +194,38 @@ def test_static_activations(tier: str) -> None:
     torch.manual_seed(6)
     for scheme, values in (("fp8", torch.float8_e4m3fn), ("int8", torch.int8)):
         check(random_weight(scheme, 32, 160, values, static=True), torch.randn(6, 160) * 3)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_with_a_zero_point(tier: str, dtype: torch.dtype, static: bool) -> None:
+    """Tokens of both signs, all above and all below zero, all zero; weights reach -128, and so do codes."""
+    torch.manual_seed(11)
+    for m, n, k in ((1, 40, 1152), (5, 16, 100), (16, 33, 384), (40, 48, 2176)):
+        weight = random_weight("int8", n, k, torch.int8, static=static, symmetric=False)
+        x = torch.randn(m, k) + torch.tensor([0.0, 3.0, -3.0, 0.3])[torch.arange(m) % 4, None]
+        x[4:5] = 0
+        bias = torch.randn(n).to(dtype)
+        check(weight, x.to(dtype), bias)
+        spec, operand = weight.spec(dtype), x.to(dtype)
+        reference = ReferenceKernel()
+        y = reference.apply(spec, reference.prepare(spec, weight), operand, None, bias)
+        want = expected(weight, operand, bias)
+        assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+def test_codes_with_a_zero_point_are_the_references(tier: str) -> None:
+    torch.manual_seed(12)
+    k = 256
+    identity = torch.zeros(k // 4, k)
+    identity[torch.arange(k // 4), torch.arange(k // 4) * 4 + torch.arange(k // 4) % 4] = 1
+    kind, scales = get_scheme("int8"), torch.ones(k // 4, 1)
+    x = torch.cat((torch.randn(9, k), torch.rand(9, k) + 2, torch.zeros(1, k)))
+    for static, zero in ((None, None), (torch.tensor([0.03125]), torch.tensor([100], dtype=torch.int32))):
+        weight = Sparse24Weight.from_dense(identity.to(torch.int8), kind, scales, input_scale=static)
+        weight = dataclasses.replace(weight, symmetric_input=False, input_zero=zero, layer="identity")
+        codes, scale, zeros = quantize_asymmetric(x, static, zero)
+        torch.testing.assert_close(run(weight, x), ((codes - zeros) * scale) @ identity.T, rtol=1e-6, atol=0)
 
 
 def test_all_zero_patterns(tier: str) -> None:
@@ -300,9 +339,11 @@ def test_op_is_registered_correctly() -> None:
         None,
         None,
         None,
+        None,
         "w4a16",
         16,
         32,
+        True,
     )
     torch.library.opcheck(torch.ops.vllm_sparse.cpu_linear.default, arguments)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from vllm_sparse.kernels import cuda_hopper
 from vllm_sparse.kernels.base import Kernel, pointer
 from vllm_sparse.kernels.cuda_hopper import ELEMENTS, CudaBf16Kernel, CudaFp8Kernel, CudaInt8Kernel, pack_bricks
+from vllm_sparse.kernels.reference import quantize_asymmetric
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
@@ -260,6 +261,24 @@ class TestChoice:
 
 @gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("static", [False, True])
+def test_activations_with_a_zero_point(static: bool) -> None:
+    weight = dataclasses.replace(random_weight(208, 608, INT8), symmetric_input=False)
+    if static:
+        zero = torch.tensor([-77], dtype=torch.int32)
+        weight = dataclasses.replace(weight, input_scale=torch.tensor([0.03]), input_zero=zero)
+    layer = Layer(weight)
+    for m in EDGES:
+        x = torch.randn(m, 608, device="cuda") + 2 * (torch.arange(m, device="cuda") % 3 - 1)[:, None]
+        operand = quantize_asymmetric(x, layer.packed.get("input_scale"), layer.packed.get("input_zero"))
+        bias = torch.randn(208, device="cuda").to(BF16)
+        got = layer.kernel.apply(layer.spec, layer.packed, operand[0], operand[1], bias, operand[2])
+        want = exact(layer.weight, operand[0] - operand[2], operand[1], bias)
+        assert (got.double() - want).norm() <= TOLERANCE * want.norm(), m
+
+
+@gpu
+@pytest.mark.gpu
 @every_element
 class TestOnGpu:
     def test_every_m(self, element: torch.dtype) -> None:
@@ -277,22 +296,27 @@ class TestOnGpu:
 
     def test_every_configuration_is_exact_on_integers(self, element: torch.dtype) -> None:
         """Sums of small integers are exact in every type: one wrong position or token shows."""
-        layer = Layer(random_weight(336, 1184, element, integers=True))
+        weight = random_weight(336, 1184, element, integers=True)
+        if element == INT8:
+            weight = dataclasses.replace(weight, symmetric_input=False)
+        layer = Layer(weight)
         module, number = cuda_hopper._cuda, ELEMENTS.index(element)
         for index in range(module.hopper_configurations(number)):
             tokens = module.hopper_configuration_tokens(number, index)
             for m in sorted({1, tokens - 1, tokens, tokens + 1, 3 * tokens + 5}):
                 x, x_scale = (None if t is None else t.cuda() for t in codes(m, 1184, element, integers=True))
+                x_zero = torch.randint(-3, 4, (m, 1), device="cuda", dtype=torch.int32) if element == INT8 else None
                 out = torch.full((m, 336), float("nan"), dtype=layer.spec.dtype, device="cuda")
                 scratch_bytes = module.hopper_scratch_bytes(number, m, 336, 1184, 132, index)
                 scratch = torch.full((scratch_bytes,), 255, dtype=torch.uint8, device="cuda")
                 module.hopper_linear(
-                    number, x.data_ptr(), 1184 * x.element_size(), pointer(x_scale), m > 1,
+                    number, x.data_ptr(), 1184 * x.element_size(), pointer(x_scale), pointer(x_zero), m > 1,
                     layer.packed["weight_packed"].data_ptr(), pointer(layer.packed.get("weight_scale")),
-                    0, out.data_ptr(), False, m, 336, 1184, 0, scratch.data_ptr(), index, m % 2 == 0,
-                    torch.cuda.current_stream().cuda_stream,
+                    pointer(layer.packed.get("weight_sum")), 0, out.data_ptr(), False, m, 336, 1184, 0,
+                    scratch.data_ptr(), index, m % 2 == 0, torch.cuda.current_stream().cuda_stream,
                 )  # fmt: skip
-                assert torch.equal(out, exact(layer.weight, x, x_scale).to(out.dtype)), (index, m)
+                moved = x if x_zero is None else x - x_zero
+                assert torch.equal(out, exact(layer.weight, moved, x_scale).to(out.dtype)), (index, m)
 
     def test_rows_with_a_stride(self, element: torch.dtype) -> None:
         layer = Layer(random_weight(256, 512, element, static=True))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_sparse.kernels import cuda_mma
 from vllm_sparse.kernels.cuda_mma import CudaMmaFp8A16Kernel, CudaMmaKernel, pack_tiles, step_columns
-from vllm_sparse.kernels.reference import quantize_activations
+from vllm_sparse.kernels.reference import quantize_activations, quantize_asymmetric
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
@@ -185,6 +185,9 @@ def test_prepare_keeps_channel_scales_apart_and_rounds_to_the_activations() -> N
     packed = KERNEL.prepare(weight.spec(FP16), weight)
     assert packed["weight_scale"].dtype == torch.float32 and packed["weight_scale"].shape == (32,)
     assert packed["weight_packed"].shape == (1, 2, 8, 1280) and packed["input_scale"].shape == (1,)
+    weight = dataclasses.replace(weight, symmetric_input=False, input_zero=torch.zeros(1, dtype=torch.int32))
+    packed = KERNEL.prepare(weight.spec(FP16), weight)
+    assert torch.equal(packed["weight_sum"], weight.values.int().sum(1).int()) and packed["input_zero"].shape == (1,)
     weight = random_weight("w8a16", 32, 128, 32, torch.float32)
     assert set(KERNEL.prepare(weight.spec(BF16), weight)) == {"weight_packed"}
     weight = random_weight("bf16", 16, 64, dtype=BF16)
@@ -356,6 +359,24 @@ def test_static_scale() -> None:
         layer = make_layer(scheme, -1, BF16, 144, 256)
         x, _ = layer.tokens(20)
         layer.check(x, torch.full((1,), 0.03, device="cuda"))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("static", [False, True])
+def test_activations_with_a_zero_point(static: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(9)
+    weight = dataclasses.replace(random_weight("int8", 528, 1152), symmetric_input=False)
+    if static:
+        zero = torch.tensor([-77], dtype=torch.int32)
+        weight = dataclasses.replace(weight, input_scale=torch.tensor([0.03]), input_zero=zero)
+    layer, bias = Layer(weight, dtype), random_bias(528, dtype)
+    for m in EDGES:
+        x = torch.randn(m, 1152, device="cuda") + 2 * (torch.arange(m, device="cuda") % 3 - 1)[:, None]
+        codes, scale, zeros = quantize_asymmetric(x, layer.packed.get("input_scale"), layer.packed.get("input_zero"))
+        y = KERNEL.apply(layer.spec, layer.packed, codes, scale, bias, zeros)
+        want = (codes - zeros).double() @ layer.dense.T * scale.double() + bias.double()
+        assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm(), m
 
 
 @gpu

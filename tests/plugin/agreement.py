@@ -59,6 +59,17 @@ def assert_greedy(
     assert difference <= allowed, f"log-probability off by {difference}, allowed {allowed}"
 
 
+def assert_same(continued: list[Continuation], dense: list[Continuation], row: tuple[str, str, str]) -> None:
+    """Assert that a 2:4 model says what vLLM says with the same weights, dense; ``row`` is as in ``assert_greedy``."""
+    pairs = list(zip(continued, dense, strict=True))
+    same = sum(a == b for one, other in pairs for a, b in zip(one.tokens, other.tokens, strict=True))
+    total = sum(len(one.tokens) for one in continued)
+    differences = [abs(a - b) for one, other in pairs for a, b in zip(one.logprobs, other.logprobs, strict=True)]
+    add_row(_TITLE, _HEAD, (*row, f"{same} of {total}", f"{max(differences):.1e}", f"{EXACT:.1e}"))
+    assert same == total, f"{total - same} of {total} tokens are others than those of the dense model"
+    assert max(differences) <= EXACT
+
+
 def _logits(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> Tensor:
     with torch.no_grad():
         return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]

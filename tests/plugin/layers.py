@@ -40,7 +40,11 @@ def random_hub(n: int, k: int, scheme: str, seed: int = 0, input_scale: float | 
 def format_of(weight: Sparse24Weight, ignore: tuple[str, ...] = ()) -> Sparse24Format:
     """Return the native format that stores ``weight``."""
     return Sparse24Format(
-        weight.scheme, group_size=weight.group_size, static_input=weight.input_scale is not None, ignore=ignore
+        weight.scheme,
+        group_size=weight.group_size,
+        static_input=weight.input_scale is not None,
+        symmetric=weight.symmetric_input,
+        ignore=ignore,
     )
 
 

@@ -17,7 +17,7 @@ from tests.formats.golden import config as golden_config
 from tests.plugin.layers import prune_to_two_of_four
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.formats.checkpoint import CheckpointWriter
-from vllm_sparse.kernels.reference import quantize_activations
+from vllm_sparse.kernels.reference import quantize_activations, quantize_asymmetric
 from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
 from vllm_sparse.weight import Sparse24Weight
@@ -47,12 +47,12 @@ class Stored:
     reference: PreTrainedModel
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """Return the layers that are compressed: every linear one but the head."""
+def linear_layers(model: PreTrainedModel, ignore: tuple[str, ...] = ("lm_head",)) -> dict[str, torch.nn.Linear]:
+    """Return the layers that are compressed: every linear one but the head, if ``ignore`` has it."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+        if isinstance(module, torch.nn.Linear) and (name != "lm_head" or name not in ignore)
     }
 
 
@@ -94,11 +94,15 @@ def save_dense(model: PreTrainedModel, path: Path) -> Path:
 
 
 def compress(
-    model: PreTrainedModel, scheme_name: str, static: bool = False, short_scales: bool = True
+    model: PreTrainedModel,
+    scheme_name: str,
+    static: bool = False,
+    short_scales: bool = True,
+    ignore: tuple[str, ...] = ("lm_head",),
 ) -> dict[str, Sparse24Weight]:
     """Return the 2:4 weights of ``model``'s linear layers in a scheme, ``short_scales`` such that bf16 holds them."""
     weights = {}
-    for name, module in linear_layers(model).items():
+    for name, module in linear_layers(model, ignore).items():
         weight = Sparse24Weight.from_dense(module.weight.detach(), SCHEMES["bf16"], layer=name)
         weight = quantize_at_load(weight, SCHEMES[scheme_name], name)
         if weight.scales is not None and short_scales:
@@ -111,13 +115,14 @@ def save_native(
     model: PreTrainedModel, path: Path, scheme_name: str, static: bool = False, ignore: tuple[str, ...] = ("lm_head",)
 ) -> Stored:
     """Write ``model`` as a native checkpoint."""
-    weights = {name: w for name, w in compress(model, scheme_name, static).items() if name not in ignore}
+    weights = compress(model, scheme_name, static, ignore=ignore)
+    weights = {name: weight for name, weight in weights.items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
     fmt = Sparse24Format(SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore)
     return save_as(model, path, weights, fmt.from_weight, fmt.to_config())
 
 
-def save_published(model: PreTrainedModel, path: Path, case: Case) -> Stored:
+def save_published(model: PreTrainedModel, path: Path, case: Case, symmetric_input: bool = True) -> Stored:
     """Write ``model`` in the published format of a golden ``case``, 4-bit weights in groups of 128."""
     bits = {torch.bfloat16: "bf16", torch.float8_e4m3fn: "fp8"}.get(case.dtype, "int8")
     scheme = "w4a16" if case.bits == 4 else bits
@@ -136,7 +141,10 @@ def save_published(model: PreTrainedModel, path: Path, case: Case) -> Stored:
             return encode_packed(codes, 4, None) | scales
         return {"weight": codes} | scales
 
-    return save_as(model, path, compress(model, scheme), encode, golden_config(case))
+    said = golden_config(case)
+    if not symmetric_input:
+        said["config_groups"]["group_0"]["input_activations"]["symmetric"] = False
+    return save_as(model, path, compress(model, scheme), encode, said)
 
 
 def save_gptq_marlin(model: PreTrainedModel, path: Path) -> Stored:
@@ -202,7 +210,7 @@ def save_as(
     for name, weight in weights.items():
         del state[f"{name}.weight"]
         state |= {f"{name}.{key}": tensor for key, tensor in encode(weight).items()}
-        linear_layers(model)[name].weight.data.copy_(weight.to_dense())
+        model.get_submodule(name).weight.data.copy_(weight.to_dense())
     config = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": quantization_config}
     with CheckpointWriter(path) as writer:
         for key in sorted(state):
@@ -218,24 +226,28 @@ class InputQuantizer:
 
     dtype: torch.dtype
     static: bool
+    symmetric: bool = True
     noise: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.noise:
             x = x * (1 + self.noise * torch.randn_like(x))
+        if not self.symmetric:
+            codes, scales, zeros = quantize_asymmetric(x.flatten(0, -2), None, None)
+            return ((codes - zeros) * scales).view_as(x)
         scale = torch.tensor([STATIC_SCALE]) if self.static else None
         codes, scales = quantize_activations(x.flatten(0, -2), self.dtype, scale)
         return (codes.float() * scales).view_as(x)
 
 
 def quantize_inputs(
-    model: PreTrainedModel, scheme_name: str, static: bool = False, only: str = ""
+    model: PreTrainedModel, scheme_name: str, static: bool = False, only: str = "", symmetric: bool = True
 ) -> InputQuantizer | None:
     """Make linear layers with ``only`` in their names quantize their inputs as the scheme does, if it does."""
     dtype = SCHEMES[scheme_name].activation
     if dtype is None:
         return None
-    quantizer = InputQuantizer(dtype, static)
+    quantizer = InputQuantizer(dtype, static, symmetric)
     model.input_quantizer = quantizer
     for module in (module for name, module in linear_layers(model).items() if only in name):
         module.register_forward_pre_hook(lambda _, arguments: (quantizer(arguments[0]),))

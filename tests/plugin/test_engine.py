@@ -82,6 +82,13 @@ def test_published_checkpoint(engine: Any, tmp_path: Path, name: str, scheme: st
     assert_greedy(stored.reference, PROMPTS, engine(stored.path, **options), (PUBLISHED[name].format, scheme, name))
 
 
+def test_activations_with_a_zero_point(engine: Any, tmp_path: Path) -> None:
+    stored = save_published(random_model("qwen2"), tmp_path / "m", PUBLISHED["bitmask-int8"], symmetric_input=False)
+    quantize_inputs(stored.reference, "int8", symmetric=False)
+    row = ("sparse-24-bitmask", "int8", "activations with a zero point")
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path), row)
+
+
 def test_gptq_marlin_checkpoint(engine: Any, tmp_path: Path) -> None:
     stored = save_gptq_marlin(random_model(), tmp_path / "m")
     assert_greedy(stored.reference, PROMPTS, engine(stored.path), ("gptq_marlin_24", "w4a16", ""))

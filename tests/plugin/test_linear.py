@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,6 +124,35 @@ def test_static_scales_of_fused_parts_become_their_largest(vllm_context: VllmCon
         layer = loaded_layer("qkv_proj", weights)
     assert layer.quant_method.spec.static_input
     assert layer.input_scale.tolist() == [0.5]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_activations_with_a_zero_point(vllm_context: VllmContext, static: bool) -> None:
+    """Through the kernel that quantizes them itself, and through one that takes codes."""
+    from vllm_sparse.kernels.reference import ReferenceKernel, quantize_asymmetric
+
+    class TakesCodes(ReferenceKernel):
+        quantizes_input = False
+
+    weights = []
+    for seed, (n, zero) in enumerate(zip(PART_SIZES["gate_up_proj"], (-100, 20), strict=True)):
+        weight = random_hub(n, HIDDEN, "int8", seed, 0.03 if static else None)
+        given = torch.tensor([zero], dtype=torch.int32) if static else None
+        weights.append(replace(weight, symmetric_input=False, input_zero=given, layer="gate_up_proj"))
+    with vllm_context():
+        layer = loaded_layer("gate_up_proj", weights)
+        x = (
+            torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1))
+            + torch.tensor([1.0, -1, 0, 3, -3])[:, None]
+        )
+        results = [layer.quant_method.apply(layer, x.bfloat16()).double()]
+        layer.quant_method.kernel = TakesCodes()
+        results.append(layer.quant_method.apply(layer, x.bfloat16()).double())
+    static_scale, static_zero = (layer.input_scale, layer.input_zero) if static else (None, None)
+    codes, scale, zeros = quantize_asymmetric(x.bfloat16(), static_scale, static_zero)
+    operand = (codes.double() - zeros) * scale.double()
+    expected = torch.cat([operand @ weight.to_dense(torch.float64).T for weight in weights], 1)
+    assert all((result - expected).norm() <= 2.0**-8 * expected.norm() for result in results)
 
 
 def test_kernel_that_takes_codes_gets_them(vllm_context: VllmContext) -> None:

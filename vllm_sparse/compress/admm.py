@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.magnitude import keep_two_of_four
+from vllm_sparse.compress.magnitude import Choose, keep_two_of_four
 
 # The penalty that ties the free weights to the pruned ones, for an H of unit diagonal, and the steps taken with each.
 # It starts where the mask still moves freely and ends where it no longer does (docs/decisions/0008-compress-masks.md).
@@ -16,7 +16,7 @@ _PENALTIES = tuple(0.05 * 30 ** (stage / 7) for stage in range(8))
 _STEPS = 6
 
 
-def admm(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def admm(weight: Tensor, h: Tensor, choose: Choose = keep_two_of_four) -> tuple[Tensor, Tensor]:
     """Choose the mask and the weights on it together, instead of one column after the other.
 
     Minimises (W - V) h (W - V)^T + penalty over V equal to a 2:4 matrix D, by turns: V in closed form, D by keeping the
@@ -25,6 +25,7 @@ def admm(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         weight: the dense W, float ``[n, k]``.
         h: positive definite ``[k, k]``.
+        choose: the pattern of D.
 
     Returns:
         D and its mask, ``[n, k]``; ``least_squares`` improves D on this mask.
@@ -45,7 +46,7 @@ def admm(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
                 right = torch.add(target, pruned, alpha=penalty).sub_(multiplier)
                 # V + multiplier / penalty, whose largest entries D keeps; the multiplier becomes what D leaves.
                 moved = torch.addmm(multiplier, right, inverse, beta=1 / penalty)
-                mask = keep_two_of_four(moved.abs())
+                mask = choose(moved.abs())
                 pruned = moved * mask
                 multiplier = moved.sub_(pruned).mul_(penalty)
     return pruned * scale, mask

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vllm_sparse.compress.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that share an input.
+
+    Attributes:
+        names: of the layers.
+        h: float32 ``[k, k]``, see ``Hessian``; None when no token reached them.
+        tokens: that did.
+        largest: the largest magnitude among them, a tensor without dimensions; None where nobody asked or none came.
+    """
+
+    names: tuple[str, ...]
+    h: Tensor | None
+    tokens: int
+    largest: Tensor | None
 
 
 class _AllSeenError(Exception):
@@ -19,10 +38,15 @@ class BlockHessians:
     """Hooks on the linear layers of one block. Layers given the very same tensor (q, k, v; gate, up) share one H.
 
     Use as a context manager around the forward passes, and run each of them inside ``batch``.
+
+    Args:
+        ranges: also note the largest magnitude that reaches each layer.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], ranges: bool = False) -> None:
         self._linears = linears
+        self._ranges = ranges
+        self._largest: dict[str, Tensor] = {}
         self._leader: dict[str, str] = {}
         self._hessians: dict[str, Hessian] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
@@ -48,23 +72,26 @@ class BlockHessians:
         except _AllSeenError:
             pass
         finally:
-            if sorted(self._called) == sorted(self._linears):
+            if self._called and sorted(self._called) == sorted(self._linears):
                 self._last = self._called[-1]  # else experts: whom the next batch calls is not known
             self._called.clear()
             self._seen.clear()  # a later tensor may live at the same address
 
-    def groups(self) -> Iterator[tuple[tuple[str, ...], Tensor | None, int]]:
-        """Yield the layers that share an input, its H, and its number of tokens: (None, 0) when there were none.
-
-        Each H is handed out once, so that only those still to come are held.
-        """
+    def groups(self) -> Iterator[Group]:
+        """Yield what is known of every input. Each H is handed out once, so that only those still to come are held."""
         members: dict[str, list[str]] = {}
         for name in self._linears:
-            members.setdefault(self._leader.get(name, name), []).append(name)
+            members.setdefault(self.leader(name), []).append(name)
         for leader, names in members.items():
             hessian = self._hessians.pop(leader, None)
-            h, tokens = (None, 0) if hessian is None else (hessian.matrix(leader), hessian.tokens)
-            yield tuple(names), h, tokens
+            if hessian is None:
+                yield Group(tuple(names), None, 0, None)
+            else:
+                yield Group(tuple(names), hessian.matrix(leader), hessian.tokens, self._largest.get(leader))
+
+    def leader(self, layer: str) -> str:
+        """Return the layer whose H is that of ``layer`` too."""
+        return self._leader.get(layer, layer)
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -80,6 +107,9 @@ class BlockHessians:
                 if name not in self._hessians:
                     self._hessians[name] = Hessian(x.shape[-1], x.device)
                 self._hessians[name].add(x)
+                if self._ranges:
+                    largest = x.abs().amax()
+                    self._largest[name] = torch.maximum(largest, self._largest.get(name, largest))
             if name == self._last and len(self._called) == len(self._linears):
                 raise _AllSeenError
 

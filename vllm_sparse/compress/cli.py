@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 
-from vllm_sparse.compress.recipe import PRUNERS, QUANTIZERS, Recipe
+from vllm_sparse.compress.output import OUTPUTS
+from vllm_sparse.compress.recipe import ACTIVATIONS, PRUNERS, QUANTIZERS, Recipe
 from vllm_sparse.scheme import SCHEMES
 
 _RECIPE_OPTIONS = tuple(field.name for field in dataclasses.fields(Recipe))
@@ -16,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model directory or Hugging Face id")
     parser.add_argument("-o", "--output", required=True, help="directory to write")
     parser.add_argument("--scheme", help=f"{', '.join(SCHEMES)} (default w4a16)")
+    parser.add_argument("--pattern", help="2:4, another N:M (N kept of every M), or the share of zeros (default 2:4)")
+    parser.add_argument("--format", help=f"{', '.join(OUTPUTS)} (default sparse24); dense loads without this package")
+    parser.add_argument("--activation", help=f"{', '.join(ACTIVATIONS)} scales for fp8 and int8 (default dynamic)")
+    parser.add_argument("--smooth", type=float, help="strength of SmoothQuant, such as 0.5 (default 0, none)")
+    parser.add_argument(
+        "--keep-dense", help="rule:amount for layers to leave dense, such as owl:0.1 (of the weights) or kurtosis:5"
+    )
     parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default admm)")
     parser.add_argument("--quantizer", help=f"{', '.join(QUANTIZERS)} (default gptq)")
     parser.add_argument(
@@ -24,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iterations", type=int, help="of least squares on the kept weights (default 20; 0 for none)")
     parser.add_argument("--dampening", type=float, help="share of H's mean diagonal added to it (default 0.01)")
     parser.add_argument("--refine", type=int, help="training steps per block on the kept weights (default 0)")
+    parser.add_argument("--generate", type=int, help="sequences that the dense model writes itself, added (default 0)")
     parser.add_argument("--ignore", nargs="+", help="layers that stay dense: names, or re: and a regular expression")
     parser.add_argument("--calibration", help="text file, directory, .jsonl file or Hugging Face dataset id")
     parser.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")
@@ -51,5 +61,6 @@ def run(args: argparse.Namespace) -> int:
         print(dry_run(args.model, args.output, **options).to_text())
         return 0
     report = compress(args.model, args.output, resume=args.resume, **options)
-    print(f"{report.summary()}\nwritten to {args.output}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several
+        print(f"{report.summary()}\nwritten to {args.output}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.grid import Grid, fused_block
+from vllm_sparse.compress.grid import Grid, fused_block, fused_columns
 
 
 def coordinate_descent(
@@ -39,11 +39,9 @@ def coordinate_descent(
 
 def _decide_columns(q: Tensor, gradient: Tensor, keep: Tensor, h: Tensor, grid: Grid, start: int) -> Tensor:
     """Improve ``q`` ``[block, n]`` in place, its first column being ``start`` of the weight; return the changes."""
-    if q.is_cuda:
-        from vllm_sparse.compress.columns import descent_columns
-
+    if (fused := fused_columns(q)) is not None:
         scales = grid.transposed_scales(torch.arange(start, start + len(q), device=q.device))
-        return descent_columns(q, gradient, keep, scales, h, grid.scheme)
+        return fused.descent_columns(q, gradient, keep, scales, h, grid.scheme)
     old, slope, diagonal = q.clone(), gradient.clone(), h.diagonal()
     for j in range(len(q)):
         best = grid.round(q[j] + slope[j] / diagonal[j], start + j) * keep[j]

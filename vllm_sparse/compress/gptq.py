@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_sparse.compress.grid import Grid, fused_block
+from vllm_sparse.compress.grid import Grid, fused_block, fused_columns
 from vllm_sparse.compress.hessian import damp
 
 
@@ -50,10 +50,8 @@ def gptq(weight: Tensor, h: Tensor, grid: Grid, mask: Tensor, act_order: bool = 
 
 def _round_columns(w: Tensor, keep: Tensor, factor: Tensor, grid: Grid, columns: Tensor) -> Tensor:
     """Round ``w`` ``[block, n]`` in place; return the errors of its columns, which are ``columns`` of the grid."""
-    if w.is_cuda:
-        from vllm_sparse.compress.columns import gptq_columns
-
-        return gptq_columns(w, keep, grid.transposed_scales(columns), factor, grid.scheme)
+    if (fused := fused_columns(w)) is not None:
+        return fused.gptq_columns(w, keep, grid.transposed_scales(columns), factor, grid.scheme)
     errors, diagonal = torch.empty_like(w), factor.diagonal()
     for j, column in enumerate(columns.tolist()):
         target = grid.round(w[j], column) * keep[j]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from vllm_sparse.scheme import Scheme
 
 # Shrinking the largest magnitude clips few weights and makes the steps of all others smaller.
+_ROWS = 64  # whose scales a CPU searches at once, in its caches
 _SHRINK = tuple(1 - step / 50 for step in range(1, 26))
 
 
@@ -47,6 +49,19 @@ class Grid:
         return round_codes(codes, self.scheme).flatten(1).to(self.scheme.value_dtypes[0])
 
 
+def fused_columns(weight: Tensor) -> Any:
+    """Return the module whose loops over columns run where float32 ``weight`` is, or None where there is none."""
+    if weight.is_cuda:
+        from vllm_sparse.compress import columns
+
+        return columns
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return None
+    from vllm_sparse.compress import columns_cpu
+
+    return columns_cpu if columns_cpu.available() else None
+
+
 def fused_block(weight: Tensor, block: int) -> int:
     """Return how many columns of ``weight`` to decide between products: ``block``, or what a fused loop holds."""
     if not weight.is_cuda:
@@ -81,6 +96,13 @@ def search_grid(
     groups = weight.unflatten(1, (1 if group_size == -1 else weight.shape[1] // group_size, -1))
     cost = torch.ones_like(weight[0]) if importance is None else importance
     cost = cost.view(groups.shape[1:])
+    rows = len(weight) if weight.is_cuda else _ROWS
+    scales = [_scales(part, cost, scheme, scale_dtype, search) for part in groups.split(rows)]
+    return Grid(scheme, torch.cat(scales), group_size)
+
+
+def _scales(groups: Tensor, cost: Tensor, scheme: Scheme, scale_dtype: torch.dtype, search: bool) -> Tensor:
+    """Return the scales ``[n, groups]`` of ``groups`` ``[n, groups, size]``."""
     largest = groups.abs().amax(-1)
     # A group of zeros has no scale of its own; any positive one represents it exactly.
     base = torch.where(largest > 0, largest, scheme.max_code) / scheme.max_code
@@ -92,7 +114,7 @@ def search_grid(
             error = _squared_error(groups, scales, cost, scheme)
             better = error < least
             best, least = torch.where(better, scales, best), torch.where(better, error, least)
-    return Grid(scheme, best, group_size)
+    return best
 
 
 def storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

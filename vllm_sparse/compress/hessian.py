@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError, UnsupportedError
+from vllm_sparse.kernels import cpu
 
 # Columns of H computed at once; panels below the diagonal are mirrored, not computed.
 _PANEL = 512
@@ -38,6 +39,11 @@ class Hessian:
                 stop = start + self._panel
                 product = torch.mm(x[:, start:stop].T, x[:, start:], out_dtype=torch.float32)
                 self._sum[start:stop, start:] += product
+            return
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and cpu._cpu is not None and cpu.tier().has_gram:
+            self._panel = cpu._cpu.GRAM_COLUMNS
+            x = x if x.stride(1) == 1 else x.contiguous()
+            cpu._cpu.gram(cpu.tier(), x.data_ptr(), *x.shape, x.stride(0), self._sum.data_ptr())
             return
         x = x.float()
         for start in range(0, x.shape[1], self._panel):
@@ -102,12 +108,16 @@ def damp(h: Tensor, dampening: float = 0.01, layer: str = "layer", invert: bool 
 
 
 def _inverse_factor(h: Tensor) -> Tensor | None:
-    """Return upper U with U^T U = h^-1, or None when ``h`` is not numerically positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(h)
+    """Return upper U with U^T U = h^-1, or None when ``h`` is not numerically positive definite.
+
+    With its rows and columns in reverse order, h = L L^T; in the right order that is R R^T with R upper, and U = R^-1.
+    """
+    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
     if int(failed):
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return factor if bool(torch.isfinite(factor).all()) else None
 
 
 def _nothing_if_definite(h: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,52 +12,82 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from vllm_sparse.compress.calibrate import BlockHessians
+from vllm_sparse.compress.calibrate import BlockHessians, Group
 from vllm_sparse.compress.calibration import fingerprint, load_calibration
+from vllm_sparse.compress.generate import generate
+from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.manifest import Manifest
 from vllm_sparse.compress.model import BlockCall, BlockModel
+from vllm_sparse.compress.output import Weight, make_output
 from vllm_sparse.compress.phases import Phases
 from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
+from vllm_sparse.compress.sensitivity import choose_dense
+from vllm_sparse.compress.smooth import smooth
+from vllm_sparse.compress.staged import StagedBlock, find_leaders
+from vllm_sparse.compress.world import Silent, World
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.names import is_ignored
-from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.scheme import check_group_size, get_scheme
-from vllm_sparse.weight import Sparse24Weight
+from vllm_sparse.weight import LinearSpec
 
 _BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}  # a CPU works out of its caches
+_STAGED_BYTES = 4 << 30  # of the inputs of the widest layer, which a pass in stages holds for all tokens
 _Add = Callable[[str, Tensor], None]
 
 
 class Job:
     """A checkpoint, the layers of it that become 2:4, and the steps from one to the other."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device, world: World | None = None
+    ) -> None:
+        self.world = world or World()
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.device = device
         self.phases = Phases(device)
+        self._leaders: dict[tuple[str, ...], dict[str, str]] = {}
         self.batch_tokens = _BATCH_TOKENS.get(device.type, 8192)
         self._value_dtype = _source_dtype(checkpoint)
         self._model = BlockModel(checkpoint, device, _compute_dtype(device, self._value_dtype))
         patterns = (*ALWAYS_DENSE, *recipe.ignore)
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
-        self.chosen = [name for name in blocks if not is_ignored(name, patterns)]
-        linears = self._model.all_linears()
-        self.dense = tuple(self.file_name(name) for name in linears if name not in set(self.chosen))
+        self.kept: tuple[Kept, ...] = ()
+        self._choose([name for name in blocks if not is_ignored(name, patterns)])
+
+    def _choose(self, layers: list[str]) -> None:
+        """Decide that ``layers`` are compressed and the others are not."""
+        self.chosen, recipe, linears = layers, self.recipe, self._model.all_linears()
+        dense = [name for name in linears if name not in set(layers)] + self._model.routers()
+        self.dense = tuple(self.file_name(name) for name in dense)
         self._check_layers(linears)
-        scheme = get_scheme(recipe.scheme)
-        self.format = Sparse24Format(
-            scheme,
-            "bfloat16" if scheme.scaled else _dtype_name(self._value_dtype),
-            recipe.group,
-            _dtype_name(recipe.scale_dtype),
-            ignore=self.dense,
-        )
+        spec = LinearSpec(get_scheme(recipe.scheme), 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
+        files = [self.file_name(name) for name in layers]
+        self.output = make_output(recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense)
+
+    @torch.no_grad()
+    def keep_dense(self, tokens: Tensor | None) -> None:
+        """Take those layers out that the recipe's rule keeps dense, as the dense model's own inputs show."""
+        if not self.recipe.keep_dense or tokens is None:
+            return
+        linears = self._model.all_linears()
+
+        def extra_bytes(layer: str) -> int:
+            n, k = linears[layer].out_features, linears[layer].in_features
+            return self._bytes_written(f"{self.file_name(layer)}.weight") - self.output.nbytes(layer, n, k)
+
+        with self.phases("keep dense"):
+            model = BlockModel(self.checkpoint, self.device, _compute_dtype(self.device, self._value_dtype))
+            batches = tokens.split(max(1, self.batch_tokens // tokens.shape[1]))
+            rule = KeepDense.parse(self.recipe.keep_dense)
+            self.kept = self.world.from_one(choose_dense(rule, model, self.chosen, batches, extra_bytes))
+        dense = {name for kept in self.kept for name in kept.layers}
+        self._choose([name for name in self.chosen if name not in dense])
 
     def file_name(self, layer: str) -> str:
         """Return what the checkpoint calls a layer."""
@@ -77,16 +107,26 @@ class Job:
         if tokens.dim() != 2 or not tokens.numel():
             raise OptionError(f"calibration tokens must be [samples, length] and not empty, got {list(tokens.shape)}")
         self._check_length(tokens.shape[1])
+        if recipe.generate:
+            with self.phases("generate"):
+                dtype = _compute_dtype(self.device, self._value_dtype)
+                own = generate(self.checkpoint.path, tokens, recipe.generate, self.device, dtype, recipe.seed)
+            tokens = torch.cat([tokens, own])
         return tokens, {
             "source": "token ids" if isinstance(source, Tensor) else str(source),
             "sequences": tokens.shape[0],
+            "generated": recipe.generate,
             "tokens": tokens.numel(),
             "sha256": fingerprint(tokens),
         }
 
     @torch.no_grad()
     def layers(
-        self, writer: CheckpointWriter, tokens: Tensor | None, progress: Progress, manifest: Manifest | None = None
+        self,
+        writer: CheckpointWriter | Silent,
+        tokens: Tensor | None,
+        progress: Progress,
+        manifest: Manifest | None = None,
     ) -> Iterator[LayerReport]:
         """Compress block after block and write each; the inputs of a block come from the compressed ones before it.
 
@@ -133,13 +173,15 @@ class Job:
         """Return the bytes of all tensors that a run writes."""
         linears = self._model.all_linears()
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
-        total = sum(self._bytes_written(name) for name in self.checkpoint.tensors if name not in compressed)
+        copied = (name for name in self.checkpoint.tensors if name not in compressed | self._model.packed.keys())
+        total = sum(self._bytes_written(name) for name in copied)
+        for packed, parts in self._model.packed.items():
+            experts = self.checkpoint.tensors[packed].shape[0]
+            for part in (part for name, part in parts.items() if name not in compressed):
+                total += self._bytes_written(packed) // experts // (1 if part.rows == slice(None) else 2)
         for layer in self.chosen:
             n, k = linears[layer].out_features, linears[layer].in_features
-            total += sum(
-                math.prod(spec.shape) * spec.dtype.itemsize
-                for spec in self.format.tensors(layer, n, k, self._value_dtype)
-            )
+            total += self.output.nbytes(layer, n, k)
         return total
 
     def _bytes_written(self, name: str) -> int:
@@ -161,24 +203,101 @@ class Job:
             with self.phases("propagate"):
                 state.advance_targets(index, block)
         batches = state.batches(index)
-        pruned: Iterable[tuple[Pruned, Inputs]] = self._pruned(block, linears, batches)
-        if recipe.refine:
-            groups = [group for group, _ in pruned]
-            with self.phases("refine"):
-                progress.say(self._refine(index, block, linears, groups, batches, state.targets))
-            pruned = self._with_inputs(groups, block, linears, batches)
+        if recipe.smooth:
+            with self.phases("smooth"):
+                self._smooth(index, block, linears, batches, add)
+        if not self.world.alone:
+            yield from self._write_shared(self._groups(block, linears, batches), linears, add, progress)
+            state.advance(index, block)
+        elif self._in_stages(batches):
+            outputs = index + 1 < self.blocks
+            staged = StagedBlock(
+                block, linears, batches, self._find_leaders(block, linears, batches[0]), recipe.static_input, outputs
+            )
+            try:
+                yield from self._write(self._pruned(linears, self._staged_groups(staged)), linears, add, progress)
+                if outputs:
+                    state.replace(staged.outputs())
+            finally:
+                staged.close()
+        else:
+            pruned = self._pruned(linears, self._groups(block, linears, batches))
+            if recipe.refine:
+                groups = [group for group, _ in pruned]
+                with self.phases("refine"):
+                    progress.say(self._refine(index, block, linears, groups, batches, state.targets))
+                pruned = self._with_inputs(groups, self._groups(block, linears, batches))
+            yield from self._write(pruned, linears, add, progress)
+            if index + 1 < self.blocks:
+                with self.phases("propagate"):
+                    state.advance(index, block)
+        self._model.release(index)
+
+    def _write(
+        self, pruned: Iterable[tuple[Pruned, Inputs]], linears: Mapping[str, nn.Linear], add: _Add, progress: Progress
+    ) -> Iterator[LayerReport]:
+        """Quantize and write layers, and put their new weights in place before the next ones are asked for."""
         for group, inputs in pruned:
             with self.phases("quantize"):
-                quantized = list(quantize_layers(group, inputs, recipe, self._value_dtype))
+                quantized = list(quantize_layers(group, inputs, self.recipe, self._value_dtype))
             for hub, dense, report in quantized:
                 linears[report.name].weight.copy_(dense)
                 with self.phases("write"):
                     self._add_layer(add, report.name, hub)
                 progress.step(_line(report))
                 yield report
-        with self.phases("propagate"):
-            state.advance(index, block)
-        self._model.release(index)
+
+    def _write_shared(
+        self, groups: Iterable[Group], linears: Mapping[str, nn.Linear], add: _Add, progress: Progress
+    ) -> Iterator[LayerReport]:
+        """Do the same together with other processes: each solves its share, and all get what the others found."""
+        solved: list[list[tuple[Weight, LayerReport]]] = []
+        for number, group in enumerate(self.world.groups(groups, linears)):
+            own = [group] if self.world.owner(number) == self.world.rank else []
+            solved.append([])
+            for pruned, inputs in self._pruned(linears, own):
+                with self.phases("quantize"):
+                    found = quantize_layers(pruned, inputs, self.recipe, self._value_dtype)
+                    solved[-1] += [(hub.to("cpu"), report) for hub, _, report in found]
+        for number, found_here in enumerate(solved):
+            with self.phases("share"):
+                found_there = self.world.from_one(found_here, self.world.owner(number))
+            for hub, report in found_there:
+                linears[report.name].weight.copy_(hub.to(self.device).to_dense())
+                self._add_layer(add, report.name, hub)
+                progress.step(_line(report))
+                yield report
+
+    def _in_stages(self, batches: Sequence[tuple[BlockCall, Tensor]]) -> bool:
+        """Return whether a block's forward passes run once, in stages, and not once dense and once compressed.
+
+        A GPU has no memory for it and no need: there, solving takes most of the time. Refinement needs all inputs of
+        the dense block before any of its layers changes.
+        """
+        if self.device.type != "cpu" or self.recipe.refine or not batches:
+            return False
+        widest = max(k for _, k in self.shapes())
+        return sum(x.shape[0] * x.shape[1] for _, x in batches) * widest * batches[0][1].itemsize <= _STAGED_BYTES
+
+    def _find_leaders(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear], batch: tuple[BlockCall, Tensor]
+    ) -> dict[str, str]:
+        """Return who leads whom, found out once for blocks whose layers have the same names."""
+        start = len(os.path.commonprefix([f"{name}." for name in linears]))  # noqa: RUF071 - all end with a dot
+        own = tuple(name[start:] for name in linears)
+        if own not in self._leaders:
+            found = find_leaders(block, linears, batch)
+            self._leaders[own] = {name[start:]: leader[start:] for name, leader in found.items()}
+        return {name: name[:start] + self._leaders[own][name[start:]] for name in linears}
+
+    def _staged_groups(self, staged: StagedBlock) -> Iterator[Group]:
+        groups = staged.groups()
+        while True:
+            with self.phases("calibrate"):
+                group = next(groups, None)
+            if group is None:
+                return
+            yield group
 
     def _restore(self, index: int, shard: Path, reports: Sequence[LayerReport], state: _Activations) -> None:
         """Put a block that is finished in place of the dense one, for the inputs of those after it."""
@@ -189,11 +308,14 @@ class Job:
                 state.advance_targets(index, block)
             with safe_open(shard, framework="pt") as handle:
                 names = list(handle.keys())
+                for name, parameter in block.named_parameters():  # what smoothing changed
+                    if (file_name := self._model.file_name(f"{self._model.prefix}.{index}.{name}")) in names:
+                        parameter.copy_(handle.get_tensor(file_name))
                 for report in reports:
                     layer = self.file_name(report.name)
                     own = [name for name in names if name.rpartition(".")[0] == layer]
                     tensors = {name.rpartition(".")[2]: handle.get_tensor(name).to(self.device) for name in own}
-                    linears[report.name].weight.copy_(self.format.to_weight(layer, tensors, []).to_dense())
+                    linears[report.name].weight.copy_(self.output.read(layer, tensors).to_dense())
             state.advance(index, block)
             self._model.release(index)
 
@@ -202,38 +324,46 @@ class Job:
         chosen = set(self.chosen)
         return {name: linear for name, linear in self._model.linears(index).items() if name in chosen}
 
-    def _pruned(
-        self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
-    ) -> Iterator[tuple[Pruned, Inputs]]:
-        for names, inputs in self._inputs(block, linears, batches):
+    def _pruned(self, linears: Mapping[str, nn.Linear], groups: Iterable[Group]) -> Iterator[tuple[Pruned, Inputs]]:
+        for group in groups:
             with self.phases("prune"):
-                pruned = prune_layers({n: linears[n].weight.float() for n in names}, inputs, self.recipe)
+                inputs = Inputs(group, self.recipe)
+                pruned = prune_layers({n: linears[n].weight.float() for n in group.names}, inputs, self.recipe)
             yield pruned, inputs
 
-    def _with_inputs(
-        self,
-        groups: Sequence[Pruned],
-        block: nn.Module,
-        linears: Mapping[str, nn.Linear],
-        batches: Sequence[tuple[BlockCall, Tensor]],
-    ) -> Iterator[tuple[Pruned, Inputs]]:
-        """Yield ``groups`` again, each with the inputs that reach it now."""
-        by_name = {tuple(group.weights): group for group in groups}
-        for names, inputs in self._inputs(block, linears, batches):
-            yield by_name[names], inputs
+    def _with_inputs(self, pruned: Sequence[Pruned], groups: Iterable[Group]) -> Iterator[tuple[Pruned, Inputs]]:
+        """Yield ``pruned`` again, each with the inputs that reach it now."""
+        by_name = {tuple(one.weights): one for one in pruned}
+        for group in groups:
+            with self.phases("prune"):
+                inputs = Inputs(group, self.recipe)
+            yield by_name[group.names], inputs
 
-    def _inputs(
+    def _groups(
         self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
-    ) -> Iterator[tuple[tuple[str, ...], Inputs]]:
+    ) -> Iterator[Group]:
         """Run the block and yield what reached its layers, for each set of them that shares an input."""
-        with self.phases("calibrate"), BlockHessians(linears) as hessians:
+        with self.phases("calibrate"), BlockHessians(linears, self.recipe.static_input) as hessians:
             for call, x in batches:
                 with hessians.batch():
                     call.run(block, x)
-        for names, h, tokens in hessians.groups():
-            with self.phases("prune"):
-                inputs = Inputs(h, tokens, self.recipe, ", ".join(names))
-            yield names, inputs
+        yield from hessians.groups()
+
+    def _smooth(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        add: _Add,
+    ) -> None:
+        """Move large activations into the weights, and write what changed besides the layers that become 2:4."""
+        prefix = f"{self._model.prefix}.{index}."
+        for name, value in smooth(block, prefix, linears.values(), batches, self.recipe.smooth, self.world).items():
+            if name.removesuffix(".weight") not in linears:
+                file_name = self._model.file_name(name)
+                dtype = self.checkpoint.tensors[file_name].dtype
+                add(file_name, value.to(self._value_dtype if dtype == torch.float32 else dtype))
 
     def _refine(
         self,
@@ -258,14 +388,21 @@ class Job:
 
     def finish(self, writer: CheckpointWriter) -> int:
         """Write everything that is not a 2:4 layer; return the bytes of all tensors written."""
-        config = dict(self.checkpoint.config)
+        config, written = dict(self.checkpoint.config), writer.names
         compressed = {f"{self.file_name(layer)}.weight" for layer in self.chosen}
         for name, info in self.checkpoint.tensors.items():
-            if name in compressed or self._is_tied_head(name):
+            if name in compressed or name in written or self._is_tied_head(name):
                 continue
             tensor = self.checkpoint.load(name)
-            writer.add(name, tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor)
-        config["quantization_config"] = self.format.to_config()
+            tensor = tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor
+            if (parts := self._model.packed.get(name)) is None:
+                writer.add(name, tensor)
+                continue
+            for own, part in parts.items():
+                if own not in compressed:
+                    writer.add(own, tensor[part.expert, part.rows])
+        if (quantization := self.output.config()) is not None:
+            config["quantization_config"] = quantization
         config.pop("torch_dtype", None)
         config["dtype"] = _dtype_name(self._value_dtype)
         writer.write_json("config.json", config)
@@ -276,13 +413,14 @@ class Job:
         return writer.total_bytes
 
     def verify(self, directory: Path, layers: Iterable[LayerReport]) -> Verification:
-        """Read the written 2:4 layers again; see ``report.verify``."""
+        """Read the written layers again; see ``report.verify``."""
+        names = [self.file_name(layer.name) for layer in layers]
         with self.phases("verify"):
-            return verify(directory, self.format, [self.file_name(layer.name) for layer in layers], self.device)
+            return verify(directory, self.output, self.recipe.mask_pattern, names, self.device)
 
-    def _add_layer(self, add: _Add, layer: str, hub: Sparse24Weight) -> None:
+    def _add_layer(self, add: _Add, layer: str, hub: Weight) -> None:
         file_name = self.file_name(layer)
-        for last, tensor in self.format.from_weight(hub).items():
+        for last, tensor in self.output.tensors(hub).items():
             add(f"{file_name}.{last}", tensor)
 
     def _check_layers(self, linears: Mapping[str, nn.Linear]) -> None:
@@ -291,10 +429,13 @@ class Job:
             raise OptionError(f"{self.checkpoint.path}: every linear layer is ignored, nothing is left to compress")
         for name in self.chosen:
             k = linears[name].in_features
-            if k % 4:
-                raise FormatError(
-                    f"{name}: 2:4 needs a multiple of 4 input features, got {k}; leave it out with --ignore"
-                )
+            pattern = self.recipe.mask_pattern
+            multiple = 8 if self.recipe.format == "dense" and self.recipe.scheme == "w4a16" else 4
+            for what, size in ((pattern.text, pattern.size), (f"{self.recipe.scheme} in format dense", multiple)):
+                if size and k % size:
+                    raise FormatError(
+                        f"{name}: {what} needs a multiple of {size} input features, got {k}; leave it out with --ignore"
+                    )
             check_group_size(get_scheme(self.recipe.scheme), self.recipe.group, k, name)
 
     def _check_length(self, length: int) -> None:
@@ -330,6 +471,10 @@ class _Activations:
     def advance_targets(self, index: int, block: nn.Module) -> None:
         """Do the same with the targets; ``block`` is still dense."""
         self._advance(self.targets, index, block)
+
+    def replace(self, hidden: list[Tensor]) -> None:
+        """Take what came out of a block that was run elsewhere."""
+        self._hidden = hidden
 
     def _advance(self, states: list[Tensor], index: int, block: nn.Module) -> None:
         for i, x in enumerate(states):

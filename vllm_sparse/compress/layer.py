@@ -1,28 +1,30 @@
-"""One linear layer from dense to ``Sparse24Weight``: mask, least squares, scales, rounding, in this order."""
+"""One linear layer from dense to what is stored: mask, least squares, scales, rounding, in this order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_sparse.compress.admm import admm
+from vllm_sparse.compress.calibrate import Group
 from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.gptq import gptq, round_to_nearest
 from vllm_sparse.compress.grid import search_grid
 from vllm_sparse.compress.hessian import Damped, damp, energy
 from vllm_sparse.compress.least_squares import least_squares, optimum_ratio
 from vllm_sparse.compress.magnitude import magnitude_mask, wanda_mask
+from vllm_sparse.compress.output import Weight, make_weight
 from vllm_sparse.compress.recipe import Recipe
 from vllm_sparse.compress.rescale import refit_scales
 from vllm_sparse.compress.sparsegpt import sparsegpt
-from vllm_sparse.scheme import get_scheme
-from vllm_sparse.weight import Sparse24Weight, nonzero_mask
+from vllm_sparse.scheme import Scheme, get_scheme
+from vllm_sparse.weight import nonzero_mask
 
-_SWEEPS = 3  # of coordinate descent after GPTQ; what a fourth gains is in the noise
-_REFITS = 2  # of the scales to the codes, with descent before and after each
+_SWEEPS = 2  # of coordinate descent after GPTQ; what a third gains is in the noise
+_REFITS = 2  # of the scales to the codes, each with a sweep after it
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,19 @@ class Pruned:
 class Inputs:
     """What is known of the inputs that some layers share: H damped, or nothing."""
 
-    def __init__(self, h: Tensor | None, tokens: int, recipe: Recipe, layers: str) -> None:
-        self.h = h
-        self.tokens = tokens
-        self.damped = None if h is None else damp(h, recipe.dampening, layers, invert=recipe.pruner == "sparsegpt")
+    def __init__(self, group: Group, recipe: Recipe) -> None:
+        self.h = group.h
+        self.largest = group.largest
+        self.tokens = group.tokens
+        self.damped = None
+        if self.h is not None:
+            self.damped = damp(self.h, recipe.dampening, ", ".join(group.names), invert=recipe.pruner == "sparsegpt")
+
+    def input_scale(self, scheme: Scheme) -> Tensor:
+        """Return the static scale of activations, float32 ``[1]``: the largest seen becomes the largest code."""
+        if self.largest is None or not float(self.largest):
+            return torch.ones(1)
+        return (self.largest.float() / scheme.max_code).reshape(1)
 
     def note(self, recipe: Recipe, k: int) -> str:
         """Return what a reader of the report should know, or nothing."""
@@ -106,7 +117,7 @@ def prune_layers(weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe) 
     """Choose the mask of ``weights`` (float32 ``[n, k]`` by name, one k) and the best weights on it.
 
     Raises:
-        NotSparseError: the recipe prunes nothing and a layer is not 2:4.
+        NotSparseError: the recipe prunes nothing and a layer is not of its pattern.
     """
     damped = inputs.damped
     weight = torch.cat(list(weights.values()))
@@ -114,7 +125,7 @@ def prune_layers(weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe) 
         weight = weight.masked_fill(damped.dead, 0)
     if recipe.pruner == "none":
         for name, part in weights.items():  # say which layer, before any rounding could hide what is wrong
-            Sparse24Weight.from_dense(part.bfloat16(), get_scheme("bf16"), layer=name)
+            recipe.mask_pattern.check(part, name)
     sparse, mask = _prune(weight, inputs.h, damped, recipe)
     pruned = Pruned(weights, sparse, mask, {})
     if damped is not None and recipe.squares_iterations:
@@ -128,19 +139,23 @@ def prune_layers(weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe) 
 
 def quantize_layers(
     pruned: Pruned, inputs: Inputs, recipe: Recipe, value_dtype: torch.dtype
-) -> Iterator[tuple[Sparse24Weight, Tensor, LayerReport]]:
+) -> Iterator[tuple[Weight, Tensor, LayerReport]]:
     """Round pruned layers to their scheme.
 
     Args:
         value_dtype: bf16 or fp16, for the scheme that does not quantize.
 
     Yields:
-        For each layer the hub weight, its dequantized dense form float32 ``[n, k]``, and the report.
+        For each layer the weight to write, its dequantized dense form float32 ``[n, k]``, and the report.
     """
-    hub = _quantize(pruned, inputs.damped, recipe, value_dtype)
+    codes, scales = _quantize(pruned, inputs.damped, recipe, value_dtype)
+    scheme, pattern = get_scheme(recipe.scheme), recipe.mask_pattern
     for name, rows in pruned.rows():
-        scales = None if hub.scales is None else hub.scales[rows]
-        own = replace(hub, values=hub.values[rows], positions=hub.positions[rows], scales=scales)
+        own_scales = None if scales is None else scales[rows]
+        own = make_weight(
+            codes[rows], pattern, name, scheme=scheme, scales=own_scales, group_size=recipe.group,
+            input_scale=inputs.input_scale(scheme) if recipe.static_input else None,
+        )  # fmt: skip
         weight, dense = pruned.weights[name], own.to_dense()
         report = LayerReport(
             name,
@@ -160,34 +175,38 @@ def _prune(weight: Tensor, h: Tensor | None, damped: Damped | None, recipe: Reci
     """Return a first pruned weight and its mask."""
     if recipe.pruner == "none":
         return weight, nonzero_mask(weight)
+    pattern = recipe.mask_pattern
     if h is None or damped is None or recipe.pruner == "magnitude":
-        mask = magnitude_mask(weight)
+        mask = magnitude_mask(weight, pattern.mask)
     elif recipe.pruner == "wanda":
-        mask = wanda_mask(weight, h)
+        mask = wanda_mask(weight, h, pattern.mask)
     elif recipe.pruner == "admm":
-        return admm(weight, damped.h)
+        return admm(weight, damped.h, pattern.mask)
     else:
-        return sparsegpt(weight, damped.factor)
+        return sparsegpt(weight, damped.factor, pattern=pattern)
     return weight * mask, mask
 
 
-def _quantize(pruned: Pruned, damped: Damped | None, recipe: Recipe, value_dtype: torch.dtype) -> Sparse24Weight:
+def _quantize(
+    pruned: Pruned, damped: Damped | None, recipe: Recipe, value_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Return the stored values ``[n, k]`` and their scales, if the scheme has any."""
     scheme, sparse = get_scheme(recipe.scheme), pruned.sparse
     if not scheme.scaled:
-        return Sparse24Weight.from_dense(sparse.to(value_dtype), scheme)
+        return sparse.to(value_dtype), None
     importance = None if damped is None else damped.h.diagonal()
     grid = search_grid(sparse, scheme, recipe.group, importance, recipe.scale_dtype)
     if damped is None or recipe.quantizer == "rtn":
         rounded = round_to_nearest(sparse, grid)
     elif recipe.quantizer == "joint":
-        rounded, _ = sparsegpt(pruned.dense, damped.factor, grid)
+        rounded, _ = sparsegpt(pruned.dense, damped.factor, grid, pattern=recipe.mask_pattern)
     else:
         rounded = gptq(sparse, damped.h, grid, pruned.mask)
-        for _ in range(_REFITS):
-            rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
-            rounded, grid = refit_scales(sparse, rounded, damped.h, grid, recipe.scale_dtype)
         rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, _SWEEPS)
-    return Sparse24Weight.from_dense(grid.encode(rounded), scheme, grid.scales.to(recipe.scale_dtype), recipe.group)
+        for _ in range(_REFITS):
+            rounded, grid = refit_scales(sparse, rounded, damped.h, grid, recipe.scale_dtype)
+            rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, 1)
+    return grid.encode(rounded), grid.scales.to(recipe.scale_dtype)
 
 
 def _relative_error(weight: Tensor, dense: Tensor, h: Tensor | None) -> float:

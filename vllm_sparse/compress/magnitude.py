@@ -1,9 +1,13 @@
-"""2:4 masks from scores: magnitude (|w|) and Wanda (|w| times the norm of the input, arXiv 2306.11695)."""
+"""Masks from scores: magnitude (|w|) and Wanda (|w| times the norm of the input, arXiv 2306.11695)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Choose = Callable[[Tensor], Tensor]  # from scores to a mask, both [n, k]
 
 
 def keep_two_of_four(scores: Tensor) -> Tensor:
@@ -21,11 +25,11 @@ def keep_two_of_four(scores: Tensor) -> Tensor:
     return keep
 
 
-def magnitude_mask(weight: Tensor) -> Tensor:
-    """Return the mask of the two largest magnitudes of every group of four of ``weight`` ``[n, k]``."""
-    return keep_two_of_four(weight.abs())
+def magnitude_mask(weight: Tensor, choose: Choose = keep_two_of_four) -> Tensor:
+    """Return the mask of the largest magnitudes of ``weight`` ``[n, k]``."""
+    return choose(weight.abs())
 
 
-def wanda_mask(weight: Tensor, h: Tensor) -> Tensor:
-    """Return the mask of the two largest |w| * ||x|| of every group, from ``weight`` ``[n, k]`` and H ``[k, k]``."""
-    return keep_two_of_four(weight.abs() * h.diagonal().clamp_min(0).sqrt())
+def wanda_mask(weight: Tensor, h: Tensor, choose: Choose = keep_two_of_four) -> Tensor:
+    """Return the mask of the largest |w| * ||x||, from ``weight`` ``[n, k]`` and H ``[k, k]``."""
+    return choose(weight.abs() * h.diagonal().clamp_min(0).sqrt())

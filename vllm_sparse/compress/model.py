@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vllm_sparse.compress.attention import FastAttention
+from vllm_sparse.compress.experts import Part, renamed, take_apart
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.formats.checkpoint import Checkpoint
 
@@ -32,7 +35,8 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Return the hidden states that ``block`` makes of ``hidden``."""
-        output = self.outputs(block, hidden)
+        with FastAttention() if hidden.device.type == "cpu" else nullcontext():
+            output = self.outputs(block, hidden)
         return output[0] if isinstance(output, tuple) else output
 
 
@@ -70,6 +74,8 @@ class BlockModel:
         config: the transformers config.
         blocks: the blocks, on the meta device until ``load``.
         prefix: their name in the model, such as ``model.layers``.
+        packed: tensors of the checkpoint that hold all experts, and what each part of them is called when it is
+            written on its own.
 
     Args:
         device, dtype: where and in what precision loaded modules run.
@@ -87,18 +93,17 @@ class BlockModel:
         try:
             self.config = AutoConfig.from_pretrained(checkpoint.path)
             with _parameters_on_meta():
-                self._model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32).eval()
+                self._model = _build(self.config)
         except (ValueError, KeyError, OSError, AttributeError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise FormatError(
                 f"{checkpoint.path}: not a causal language model transformers can build ({reason})"
             ) from error
         self._model.requires_grad_(False)
+        self._parts = take_apart(self._model, str(checkpoint.path))
         self.prefix, self.blocks = _repeated_blocks(self._model, str(checkpoint.path))
-        if any(p.dim() > 2 and ".experts." in f".{name}" for name, p in self.blocks.named_parameters()):
-            raise UnsupportedError(
-                f"{checkpoint.path}: its layers hold all experts in one tensor, which cannot be compressed yet"
-            )
+        self.packed: dict[str, dict[str, Part]] = {}
+        self._last_packed = "", torch.empty(0)
         self._file_names = self._match_names()
         self._as_tuple: bool | None = None
         self._load_surroundings()
@@ -111,6 +116,16 @@ class BlockModel:
     def all_linears(self) -> dict[str, nn.Linear]:
         """Return every linear layer of the model, the head included, by full name."""
         return {name: m for name, m in self._model.named_modules() if isinstance(m, nn.Linear)}
+
+    def routers(self) -> list[str]:
+        """Return the matrices inside blocks that are no nn.Linear, by module: what chooses experts, in transformers."""
+        return [
+            f"{self.prefix}.{name}"
+            for name, module in self.blocks.named_modules()
+            if not isinstance(module, nn.Linear | nn.Embedding)
+            and (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None
+            and weight.dim() == 2
+        ]
 
     def file_name(self, parameter: str) -> str:
         """Return what the checkpoint calls ``parameter`` of the model; a tied head is not in it and keeps its name."""
@@ -181,7 +196,16 @@ class BlockModel:
             setattr(target, last, nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new)
 
     def _read(self, parameter: str, old: Tensor) -> Tensor:
-        tensor = self.checkpoint.load(self._file_names[parameter])
+        file_name = self._file_names[parameter]
+        if file_name in self.checkpoint.tensors:
+            tensor = self.checkpoint.load(file_name)
+        else:
+            packed, part = next(
+                (packed, parts[file_name]) for packed, parts in self.packed.items() if file_name in parts
+            )
+            if self._last_packed[0] != packed:  # all experts of a layer are read one after the other
+                self._last_packed = packed, self.checkpoint.load(packed)
+            tensor = self._last_packed[1][part.expert, part.rows]
         if tensor.shape != old.shape:
             raise FormatError(f"{parameter}: expected shape {list(old.shape)}, the checkpoint has {list(tensor.shape)}")
         if not tensor.is_floating_point():
@@ -196,15 +220,30 @@ class BlockModel:
         base = f"{self._model.base_model_prefix}."
         head = {id(p) for p in getattr(self._model.get_output_embeddings(), "parameters", list)()}
         found = {}
+        stored = {renamed(name, self.config.model_type): name for name in self.checkpoint.tensors}
+        stored |= {name: name for name in self.checkpoint.tensors}
         for name, tensor in self._model.state_dict(keep_vars=True).items():
-            for candidate in (name, name.removeprefix(base), base + name):
-                if candidate in self.checkpoint.tensors:
-                    found[name] = candidate
-                    break
-            else:
-                if id(tensor) not in head and isinstance(tensor, nn.Parameter):
-                    raise FormatError(f"{self.checkpoint.path}: there is no tensor {name}, which the model needs")
+            if (file_name := _stored_name(name, base, stored)) is not None:
+                found[name] = file_name
+            elif name in self._parts and (packed := _stored_name(self._parts[name].tensor, base, stored)) is not None:
+                found[name] = ".".join((packed.rpartition(".")[0], *name.split(".")[-3:]))
+                self.packed.setdefault(packed, {})[found[name]] = self._parts[name]
+            elif id(tensor) not in head and isinstance(tensor, nn.Parameter):
+                raise FormatError(f"{self.checkpoint.path}: there is no tensor {name}, which the model needs")
         return found
+
+
+def _build(config: Any) -> Any:
+    """Return the model of ``config`` as its checkpoint has it: the class that it names, or else a causal LM."""
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32) if kind is None else kind(config).float()
+    return model.eval()
+
+
+def _stored_name(name: str, base: str, stored: Mapping[str, str]) -> str | None:
+    """Return the file's name of ``name`` of the model, which may lack the prefix ``base``, or have one too many."""
+    candidates = (name, name.removeprefix(base), base + name)
+    return next((stored[candidate] for candidate in candidates if candidate in stored), None)
 
 
 def _repeated_blocks(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:

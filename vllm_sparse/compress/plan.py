@@ -54,7 +54,7 @@ class Plan:
             memory += f", {_megabytes(self.device_bytes)} at most on the GPU"
         return "\n".join(
             (
-                f"2:4      {layers}, {self.recipe.scheme}{size}: {shapes}",
+                f"{self.recipe.pattern:8} {layers}, {self.recipe.scheme}{size}: {shapes}",
                 f"dense    {dense}",
                 f"bytes    {_megabytes(self.bytes_before)} to {_megabytes(self.bytes_after)}",
                 f"memory   {memory}",

@@ -14,6 +14,7 @@ from vllm_sparse.compress.model import BlockCall
 
 # A step moves a weight by at most this share of the layer's root mean square at first, and by nothing at the end.
 _LEARNING_RATE = 0.01
+_STEPS_BEFORE_CAPTURE = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def refine(
         seed: of the order of the batches.
     """
     hooks = [_train_kept(linear, mask) for linear, mask in masks.items()]
-    trainer = _Trainer(block, list(masks), steps)
+    same = len({x.shape for _, x, _ in batches}) == 1
+    trainer = _Trainer(block, list(masks), steps, capture=same and batches[0][1].is_cuda)
     losses = []
     order: list[int] = []
     shuffle = random.Random(seed)
@@ -67,24 +69,56 @@ def _train_kept(linear: nn.Linear, mask: Tensor) -> Any:
 
 
 class _Trainer:
-    """Adam on the weights of some layers of a block, with a learning rate that falls to zero."""
+    """Adam on the weights of some layers of a block, with a learning rate that falls to zero.
 
-    def __init__(self, block: nn.Module, linears: Sequence[nn.Linear], steps: int) -> None:
-        self._block, self._steps, self._done = block, steps, 0
+    A step of a small block is hundreds of kernels of microseconds each. On a GPU they are captured once, as a graph.
+    """
+
+    def __init__(self, block: nn.Module, linears: Sequence[nn.Linear], steps: int, capture: bool) -> None:
+        self._block, self._steps, self._done, self._capture = block, steps, 0, capture
+        device = linears[0].weight.device
         self._first = [_LEARNING_RATE * float(linear.weight.square().mean().sqrt()) for linear in linears]
-        self._optimizer = torch.optim.Adam([{"params": [linear.weight]} for linear in linears], betas=(0.9, 0.95))
+        # Tensors where the step is captured, which would keep the value of a number.
+        rates = [torch.zeros((), device=device) if capture else 0.0 for _ in linears]
+        groups = [{"params": [linear.weight], "lr": rate} for linear, rate in zip(linears, rates, strict=True)]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), capturable=capture)
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
         """Learn from one batch; return the relative squared error before it, a tensor without dimensions."""
         for group, first in zip(self._optimizer.param_groups, self._first, strict=True):
-            group["lr"] = first * (1 - self._done / self._steps)
+            rate = first * (1 - self._done / self._steps)
+            group["lr"] = group["lr"].fill_(rate) if self._capture else rate
         self._done += 1
+        if not self._capture:
+            return self._learn(call, x, target)
+        if self._graph is None:
+            if self._done <= _STEPS_BEFORE_CAPTURE:
+                return self._learn_aside(call, x, target)
+            self._x, self._target, self._graph = x.clone(), target.clone(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._loss = self._learn(call, self._x, self._target)
+        self._x.copy_(x)
+        self._target.copy_(target)
+        self._graph.replay()
+        return self._loss.clone()
+
+    def _learn(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
         with torch.enable_grad():
             half = x.dtype != torch.float32
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half, cache_enabled=not self._capture):
                 output = call.run(self._block, x)
             loss = (output.float() - target.float()).square().sum() / target.float().square().sum()
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
         return loss.detach()
+
+    def _learn_aside(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
+        """Learn on another stream, as capturing wants it of the steps before."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = self._learn(call, x, target)
+        torch.cuda.current_stream().wait_stream(stream)
+        return loss

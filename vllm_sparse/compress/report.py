@@ -12,11 +12,13 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from vllm_sparse.compress.keep_dense import Kept
 from vllm_sparse.compress.layer import LayerReport
+from vllm_sparse.compress.output import Output
+from vllm_sparse.compress.pattern import Pattern
 from vllm_sparse.compress.recipe import Recipe
 from vllm_sparse.errors import OutputError
-from vllm_sparse.formats.base import Format
-from vllm_sparse.weight import count_violations, nonzero_mask
+from vllm_sparse.weight import nonzero_mask
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Verification:
     """The written files, read again.
 
     Attributes:
-        layers: how many 2:4 layers were found.
-        groups: groups of four among them.
-        violations: groups with more than two non-zeros; 0 or the model is not written.
+        layers: how many pruned layers were found.
+        groups: groups of the pattern among them (of four, for 2:4); weights where it is a share.
+        violations: groups with more non-zeros than the pattern keeps; 0 or the model is not written.
         zeros: share of zeros among their weights.
     """
 
@@ -46,11 +48,12 @@ class Report:
         calibration: source, sequences, tokens and a hash of the token ids; None when none was needed.
         layers: one report per compressed layer, in the order of the model.
         dense: linear layers that were left as they are.
+        kept: those among them that the recipe's ``keep_dense`` chose, with their scores and what they cost in bytes.
         bytes_before, bytes_after: size of all tensors.
         verification: see ``Verification``.
         seconds: wall time.
-        phases: seconds by phase: load, calibrate (the passes that accumulate H), prune (mask and least squares),
-            refine, quantize, write, propagate, verify.
+        phases: seconds by phase: load, smooth, calibrate (the passes that accumulate H), prune (mask and least
+            squares), refine, quantize, share (with other processes), write, propagate, verify.
         peak_device_bytes: the most memory that tensors held on the GPU, by phase; empty on a CPU.
         versions: of this package, torch and transformers.
     """
@@ -60,6 +63,7 @@ class Report:
     calibration: dict[str, Any] | None
     layers: tuple[LayerReport, ...]
     dense: tuple[str, ...]
+    kept: tuple[Kept, ...]
     bytes_before: int
     bytes_after: int
     verification: Verification
@@ -72,42 +76,61 @@ class Report:
         """Return the report as JSON text."""
         return json.dumps(asdict(self) | {"recipe": self.recipe.to_dict()}, indent=2) + "\n"
 
+    def _cost(self) -> str:
+        """Return what the layers cost that a rule kept dense."""
+        if not self.kept:
+            return ""
+        layers = sum(len(kept.layers) for kept in self.kept)
+        size = sum(kept.extra_bytes for kept in self.kept) / 1e6
+        return f" ({layers} by {self.recipe.keep_dense}, {size:.1f} MB more)"
+
     def summary(self) -> str:
         """Return two lines for the end of a run."""
         worst = max(self.layers, key=lambda layer: layer.error)
         checked = self.verification
         return (
-            f"{len(self.layers)} layers 2:4 {self.recipe.scheme}, {len(self.dense)} linear layers dense; "
+            f"{len(self.layers)} layers {self.recipe.pattern} {self.recipe.scheme}, "
+            f"{len(self.dense)} linear layers dense{self._cost()}; "
             f"{self.bytes_before / 1e6:.1f} MB to {self.bytes_after / 1e6:.1f} MB in {self.seconds:.0f} s; "
             f"largest error {worst.error:.3f} ({worst.name})\n"
-            f"verified after writing: {checked.violations} of {checked.groups} groups of four in {checked.layers} "
-            f"layers have more than two non-zeros"
+            f"verified after writing: {_found(checked, self.recipe.mask_pattern, f' in {checked.layers} layers')}"
         )
 
 
-def verify(directory: Path, form: Format, layers: Iterable[str], device: torch.device | str = "cpu") -> Verification:
-    """Read every 2:4 layer from the files in ``directory`` and count the groups that are not 2:4.
+def verify(
+    directory: Path, output: Output, pattern: Pattern, layers: Iterable[str], device: torch.device | str = "cpu"
+) -> Verification:
+    """Read every pruned layer from the files in ``directory`` and count the groups that break ``pattern``.
 
     Raises:
-        OutputError: a group has more than two non-zeros, or a tensor cannot be read back.
+        OutputError: a group has too many non-zeros, fewer weights are zero than the pattern says, or a tensor cannot
+            be read back.
     """
     files = {name: file for file in sorted(directory.glob("*.safetensors")) for name in _names(file)}
-    count = groups = violations = zeros = 0
+    count = weights = violations = zeros = 0
     for layer in layers:
         tensors = {}
         for name, file in files.items():
             if name.rpartition(".")[0] == layer and not name.endswith(".bias"):
                 with safe_open(file, framework="pt") as handle:
                     tensors[name.rpartition(".")[2]] = handle.get_tensor(name).to(device)
-        weight = form.to_weight(layer, tensors, [])
-        dense = weight.to_dense_codes()
+        dense = output.read(layer, tensors).to_dense_codes()
         count += 1
-        groups += dense.numel() // 4
-        violations += count_violations(dense)
+        weights += dense.numel()
+        violations += pattern.violations(dense)
         zeros += dense.numel() - int(nonzero_mask(dense).sum())
+    groups = weights // (pattern.size or 1)
     if violations:
-        raise OutputError(f"{directory}: {violations} of {groups} written groups of four are not 2:4; nothing was kept")
-    return Verification(count, groups, violations, zeros / max(1, 4 * groups))
+        raise OutputError(
+            f"{directory}: {violations} of {groups} written groups of {pattern.size} are not {pattern.text}; "
+            f"nothing was kept"
+        )
+    if zeros < int(pattern.pruned * weights):
+        raise OutputError(
+            f"{directory}: only {zeros} of {weights} written weights are zero, not {pattern.pruned:.1%}; "
+            f"nothing was kept"
+        )
+    return Verification(count, groups, violations, zeros / max(1, weights))
 
 
 def model_card(report: Report, name: str) -> str:
@@ -116,7 +139,7 @@ def model_card(report: Report, name: str) -> str:
         "base_model": report.model,
         "library_name": "vllm",
         "pipeline_tag": "text-generation",
-        "tags": ["vllm", "sparsity", "2:4", "sparse24", report.recipe.scheme],
+        "tags": ["vllm", "sparsity", report.recipe.pattern, "sparse24", report.recipe.scheme],
     }
     checked = report.verification
     recipe = yaml.safe_dump(report.recipe.to_dict(), sort_keys=False).rstrip()
@@ -131,14 +154,14 @@ def model_card(report: Report, name: str) -> str:
 ---
 # {name}
 
-`{report.model}` with {len(report.layers)} linear layers pruned to 2:4 and stored as {report.recipe.scheme}:
+`{report.model}` with {len(report.layers)} linear layers pruned to {report.recipe.pattern},
+stored as {_stored(report.recipe)}:
 {report.bytes_before / 1e6:.1f} MB of tensors became {report.bytes_after / 1e6:.1f} MB.
-{len(report.dense)} linear layers stay dense.
+{len(report.dense)} linear layers stay dense.{_kept(report)}
 
 ## Use
 ```
-pip install vllm-sparse
-vllm serve {name}
+{_use(report.recipe, name)}
 ```
 
 ## How it was made
@@ -149,7 +172,7 @@ vllm serve {name}
 Calibration: {calibration}. Versions: {", ".join(f"{k} {v}" for k, v in report.versions.items())}.
 
 ## Verified
-Read back from the written files: {checked.violations} of {checked.groups} groups of four hold more than two non-zeros,
+Read back from the written files: {_found(checked, report.recipe.mask_pattern)},
 {checked.zeros:.2%} of the weights of these layers are zero.
 
 ## Layers
@@ -160,6 +183,39 @@ least that the layer's mask allows.
 |---|---|--:|--:|--:|--:|--:|---|
 {rows}
 """
+
+
+def _found(checked: Verification, pattern: Pattern, where: str = "") -> str:
+    if not pattern.size:
+        return f"{checked.zeros:.2%} of the weights{where} are zero"
+    words = {2: "two", 4: "four"}
+    size, kept = words.get(pattern.size, str(pattern.size)), words.get(pattern.kept, str(pattern.kept))
+    return f"{checked.violations} of {checked.groups} groups of {size}{where} hold more than {kept} non-zeros"
+
+
+def _stored(recipe: Recipe) -> str:
+    return recipe.scheme if recipe.format == "sparse24" else f"{recipe.scheme}, dense with their zeros"
+
+
+def _kept(report: Report) -> str:
+    if not report.kept:
+        return ""
+    rows = "\n".join(
+        f"| {', '.join(kept.layers)} | {kept.score:.4g} | {kept.extra_bytes / 1e6:.2f} |" for kept in report.kept
+    )
+    rule = report.recipe.keep_dense
+    return f" Of these, `{rule}` chose:\n\n| layers | score | MB more |\n|---|--:|--:|\n{rows}\n"
+
+
+def _use(recipe: Recipe, name: str) -> str:
+    if recipe.format == "sparse24":
+        return f"pip install vllm-sparse\nvllm serve {name}"
+    if not recipe.mask_pattern.two_of_four:
+        return f"vllm serve {name}"
+    return (
+        f"vllm serve {name}  # dense\n"
+        f"pip install vllm-sparse\nvllm serve {name} --quantization sparse24  # 2:4, compressed while it is loaded"
+    )
 
 
 def _maybe(value: float | None) -> str:

@@ -93,6 +93,10 @@ class Format(ABC):
     def scheme_of(self, module: str) -> Scheme | None:
         """Return the scheme of the linear layer called ``module``, or None if the format leaves it to others."""
 
+    def symmetric_input(self, module: str) -> bool:
+        """Return whether the activations of a layer that ``scheme_of`` knows have no zero point."""
+        return True
+
     @abstractmethod
     def tensors(self, module: str, n: int, k: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         """Return the tensors of a layer (or shard) with ``n`` output and ``k`` input features.
@@ -208,6 +212,18 @@ def per_channel(scale: Tensor, parts: Sequence[int]) -> Tensor:
     return flat.repeat_interleave(torch.tensor(parts, device=flat.device)).unsqueeze(1)
 
 
-def largest_input_scale(scale: Tensor) -> Tensor:
-    """Return the scale ``[1]`` for fused parts, which share one activation: the largest one clips none of them."""
-    return scale.float().max().reshape(1)
+def static_input(tensors: Mapping[str, Tensor], symmetric: bool) -> dict[str, Tensor]:
+    """Return the hub's ``input_scale`` and, if not ``symmetric``, ``input_zero`` of fused parts, which share one input.
+
+    The range of the codes is that of all parts together, so that none of them is clipped: the largest scale, or, with
+    zero points, a new scale and zero point.
+    """
+    scales = tensors["input_scale"].float().flatten()
+    if symmetric:
+        return {"input_scale": scales.max().reshape(1)}
+    zeros = tensors["input_zero_point"].to(torch.int32).flatten()
+    if bool((scales == scales[0]).all() and (zeros == zeros[0]).all()):
+        return {"input_scale": scales[:1], "input_zero": zeros[:1]}
+    lowest, highest = (scales * (-128 - zeros)).min(), (scales * (127 - zeros)).max()
+    scale = (highest - lowest) / 255
+    return {"input_scale": scale.reshape(1), "input_zero": (-128 - lowest / scale).round().to(torch.int32).reshape(1)}

@@ -20,6 +20,7 @@ from vllm_sparse.formats.compressed_tensors import (
     scale_specs,
     scales_of,
     sparsity,
+    with_input,
 )
 from vllm_sparse.formats.names import is_ignored, names_in
 from vllm_sparse.scheme import SCHEMES, Scheme
@@ -119,6 +120,7 @@ class BitmaskFormat(CompressedTensorsFormat):
         if "shape" in tensors and tensors["shape"].flatten().tolist() != [n, k]:
             raise FormatError(f"{module}: shape says {tensors['shape'].flatten().tolist()}, the tensors {[n, k]}")
         assert group.scheme is not None
-        scales, input_scale = scales_of(group, tensors, parts) if group.scheme.scaled else (None, None)
+        scales = scales_of(group, tensors, parts)
         positions = positions_from_bitmask(tensors["bitmask"], k, module)
-        return Sparse24Weight(group.scheme, values, positions, scales, group.group_size, input_scale, layer=module)
+        weight = Sparse24Weight(group.scheme, values, positions, scales, group.group_size, layer=module)
+        return with_input(weight, group, tensors, module)

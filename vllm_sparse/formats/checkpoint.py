@@ -237,6 +237,11 @@ class CheckpointWriter:
         """Size of all tensors added so far."""
         return self._total_bytes + self._pending_bytes
 
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors added so far."""
+        return set(self._pending).union(*(names for _, names in self._shards))
+
     def adopt(self, file: str) -> None:
         """Count a shard that an earlier run left in ``directory`` as written.
 

@@ -6,16 +6,17 @@ Facts from compressed-tensors 0.14.0.1, the last release with the sparse formats
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import SCALE_DTYPES, Format, TensorSpec, largest_input_scale, per_channel
+from vllm_sparse.formats.base import SCALE_DTYPES, Format, TensorSpec, per_channel, static_input
 from vllm_sparse.formats.names import is_ignored, names_in
 from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme
+from vllm_sparse.weight import Sparse24Weight
 
 METHOD = "compressed-tensors"
 _WHERE = "quantization_config"
@@ -32,6 +33,7 @@ class Group:
         per_tensor: whether there is one weight scale per (part of a) layer.
         static_input: whether activations have a scale fixed at calibration.
         symmetric: whether the weight's zero point is zero.
+        symmetric_input: whether that of the activations is.
     """
 
     targets: tuple[str, ...]
@@ -40,6 +42,7 @@ class Group:
     per_tensor: bool = False
     static_input: bool = False
     symmetric: bool = True
+    symmetric_input: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,9 @@ class CompressedTensorsFormat(Format):
     def scheme_of(self, module: str) -> Scheme | None:
         group = self.group_of(module)
         return None if group is None else group.scheme
+
+    def symmetric_input(self, module: str) -> bool:
+        return self.our_group(module).symmetric_input
 
     def group_of(self, module: str) -> Group | None:
         """Return how ``module`` is quantized; a target that names it goes before one that names its class."""
@@ -136,7 +142,9 @@ def _read_group(name: str, group: Any, stored_as: Any) -> Group:
     scheme = _scheme(weights, inputs, symmetric, static)
     if scheme is not None and group_size != -1 and not scheme.grouped:
         scheme = None
-    return Group(targets, scheme, int(group_size), weights.get("strategy") == "tensor", static, symmetric)
+    symmetric_input = inputs is None or inputs.get("symmetric", True) is True
+    per_tensor = weights.get("strategy") == "tensor"
+    return Group(targets, scheme, int(group_size), per_tensor, static, symmetric, symmetric_input)
 
 
 def _scheme(
@@ -151,7 +159,9 @@ def _scheme(
         names = {("int", 4): "w4a16" if symmetric else "w8a16", ("int", 8): "w8a16" if symmetric else None}
         return SCHEMES.get(names.get(kind) or "")
     per = ("tensor",) if static else ("token", "tensor")
-    if not symmetric or kind != other or inputs.get("symmetric", True) is not True or inputs.get("strategy") not in per:
+    if not symmetric or kind != other or inputs.get("strategy") not in per:
+        return None
+    if inputs.get("symmetric", True) is not True and other != ("int", 8):
         return None
     return SCHEMES.get({("float", 8): "fp8", ("int", 8): "int8"}.get(kind, ""))
 
@@ -178,12 +188,27 @@ def scale_specs(group: Group, n: int, k: int, dtype: torch.dtype, of: str) -> li
         specs.append(TensorSpec("weight_scale", shape, dtype, 0, 1, input_multiple=size, accepts=SCALE_DTYPES))
     if group.static_input:
         specs.append(TensorSpec("input_scale", (1,), torch.float32, None, None, per_part=True, accepts=SCALE_DTYPES))
+    if group.static_input and not group.symmetric_input:
+        specs.append(
+            TensorSpec("input_zero_point", (1,), torch.int8, None, None, per_part=True, accepts=(torch.int32,))
+        )
     return specs
 
 
-def scales_of(group: Group, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Return the hub's weight scales and its input scale, None when dynamic, from the tensors of ``scale_specs``."""
-    scales = tensors["weight_scale"]
-    if group.per_tensor:
-        scales = per_channel(scales, parts)
-    return scales, largest_input_scale(tensors["input_scale"]) if group.static_input else None
+def scales_of(group: Group, tensors: Mapping[str, Tensor], parts: Sequence[int]) -> Tensor | None:
+    """Return the hub's weight scales, None where it has none, from the tensors of ``scale_specs``."""
+    if group.scheme is None or not group.scheme.scaled:
+        return None
+    return per_channel(tensors["weight_scale"], parts) if group.per_tensor else tensors["weight_scale"]
+
+
+def with_input(weight: Sparse24Weight, group: Group, tensors: Mapping[str, Tensor], module: str) -> Sparse24Weight:
+    """Return ``weight`` with how its activations are quantized, from the tensors of ``scale_specs``."""
+    static = static_input(tensors, group.symmetric_input) if group.static_input else {}
+    return replace(
+        weight,
+        layer=module,
+        input_scale=static.get("input_scale"),
+        input_zero=static.get("input_zero"),
+        symmetric_input=group.symmetric_input,
+    )

@@ -234,7 +234,8 @@ class Converter:
     def _native(self, kind: LinearSpec) -> Sparse24Format:
         value_dtype = "bfloat16" if kind.scheme.scaled else _DTYPE_NAMES[kind.dtype]
         scale_dtype = _DTYPE_NAMES[self._scale_dtype]
-        return Sparse24Format(kind.scheme, value_dtype, kind.group_size, scale_dtype, kind.static_input)
+        static, symmetric = kind.static_input, kind.symmetric_input
+        return Sparse24Format(kind.scheme, value_dtype, kind.group_size, scale_dtype, static, symmetric=symmetric)
 
     def _common_scale_dtype(self) -> torch.dtype:
         """Return the dtype of all weight scales, or float32, which holds them all exactly, where they differ."""
@@ -245,7 +246,7 @@ class Converter:
 
     def _spec_names(self, module: str, n: int, k: int) -> set[str]:
         if isinstance(self.form, SparseBitmaskFormat):
-            return {"compressed", "bitmask", "shape", "row_offsets", "weight_scale", "input_scale"}
+            return {*_BITMASK, "weight_scale", "input_scale", "input_zero_point"}
         return {spec.name for spec in self.form.tensors(module, n, k, torch.bfloat16)}
 
     def _infos(self, names: Mapping[str, str]) -> dict[str, Any]:
@@ -279,7 +280,8 @@ def _outside_linear(module: str) -> bool:
 
 def _told(kind: LinearSpec) -> str:
     group = "" if kind.group_size == -1 else f", group size {kind.group_size}"
-    return f"{kind.scheme.name}{group}{', static activations' if kind.static_input else ''}"
+    static = ", static activations" if kind.static_input else ""
+    return f"{kind.scheme.name}{group}{static}{'' if kind.symmetric_input else ', activations with a zero point'}"
 
 
 def convert(source: str | Path, out: str | Path, to: str = "sparse24", force: bool = False) -> Summary:

@@ -48,6 +48,9 @@ class MixedFormat(CompressedTensorsFormat):
         member = self._member(module)
         return None if member is None else member.scheme_of(module)
 
+    def symmetric_input(self, module: str) -> bool:
+        return self._member_of(module).symmetric_input(module)
+
     def tensors(self, module: str, n: int, k: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         return self._member_of(module).tensors(module, n, k, dtype)
 

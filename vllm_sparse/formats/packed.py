@@ -84,7 +84,7 @@ class PackedFormat(CompressedTensorsFormat):
         if not group.symmetric:
             zeros = self.zero_points(tensors["weight_zero_point"], bits)
             codes = (codes.unflatten(1, (zeros.shape[1], -1)) - zeros.unsqueeze(-1)).flatten(1)
-        scales, _ = scales_of(group, tensors, parts)
+        scales = scales_of(group, tensors, parts)
         return Sparse24Weight.from_dense(codes, scheme, scales, group.group_size, layer=module)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_sparse.errors import FormatError, NotSparseError
 from vllm_sparse.formats.base import TensorSpec, check_columns, matrix
-from vllm_sparse.formats.compressed_tensors import CompressedTensorsFormat, scale_specs, scales_of
+from vllm_sparse.formats.compressed_tensors import CompressedTensorsFormat, scale_specs, scales_of, with_input
 from vllm_sparse.scheme import Scheme
 from vllm_sparse.weight import Sparse24Weight
 
@@ -50,16 +50,15 @@ class QuantizedFormat(CompressedTensorsFormat):
     ) -> Sparse24Weight:
         group = self.our_group(module)
         assert group.scheme is not None
-        scales, input_scale = scales_of(group, tensors, parts)
+        scales = scales_of(group, tensors, parts)
         try:
-            return Sparse24Weight.from_dense(
-                tensors["weight"], group.scheme, scales, group.group_size, input_scale, layer=module
-            )
+            weight = Sparse24Weight.from_dense(tensors["weight"], group.scheme, scales, group.group_size, layer=module)
         except NotSparseError as error:
             if group.scheme.activation is not None:
                 raise
             # Not a NotSparseError, which asks for vLLM's own method: it has none for these.
             raise FormatError(f"{error}; vLLM itself does not serve weight-only INT8 in this format") from error
+        return with_input(weight, group, tensors, module)
 
 
 def _weight_only_int(group: Mapping[str, Any]) -> bool:

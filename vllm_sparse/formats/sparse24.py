@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.formats.base import Format, TensorSpec, check_columns, largest_input_scale, matrix
+from vllm_sparse.formats.base import Format, TensorSpec, check_columns, matrix, static_input
 from vllm_sparse.formats.names import is_ignored, names_in
 from vllm_sparse.scheme import GROUP_SIZES, SCHEMES, Scheme
 from vllm_sparse.weight import Sparse24Weight
@@ -25,6 +25,7 @@ _KEYS = frozenset(
         "group_size",
         "scale_dtype",
         "activation",
+        "symmetric_activation",
         "ignore",
         "producer",
     )
@@ -65,6 +66,7 @@ class Sparse24Format(Format):
     scale_dtype: str = "float32"
     static_input: bool = False
     ignore: tuple[str, ...] = ()
+    symmetric: bool = True  # activations
 
     name = "sparse24"
     shard_k = 8
@@ -82,6 +84,7 @@ class Sparse24Format(Format):
             raise FormatError(f"{where}: unknown key {unknown[0]!r} in a version {VERSION} sparse24 config")
         scheme = SCHEMES[_choice(config, "scheme", None, tuple(SCHEMES), where)]
         where = f"{where} of scheme {scheme.name}"
+        symmetric = (True, False) if scheme is SCHEMES["int8"] else (True,)
         return cls(
             scheme,
             _choice(config, "value_dtype", "bfloat16", ("bfloat16",) if scheme.scaled else _VALUE_DTYPES, where),
@@ -90,6 +93,7 @@ class Sparse24Format(Format):
             _choice(config, "activation", "dynamic", _ACTIVATIONS if scheme.activation else ("dynamic",), where)
             == "static",
             names_in(config.get("ignore"), "ignore"),
+            _choice(config, "symmetric_activation", True, symmetric, where),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -103,10 +107,15 @@ class Sparse24Format(Format):
             config["scale_dtype"] = self.scale_dtype
         if self.scheme.activation is not None:
             config["activation"] = "static" if self.static_input else "dynamic"
+        if not self.symmetric:
+            config["symmetric_activation"] = False
         return config | {"ignore": list(self.ignore)}
 
     def scheme_of(self, module: str) -> Scheme | None:
         return None if is_ignored(module, self.ignore) else self.scheme
+
+    def symmetric_input(self, module: str) -> bool:
+        return self.symmetric
 
     def tensors(self, module: str, n: int, k: int, dtype: torch.dtype) -> tuple[TensorSpec, ...]:
         check_columns(module, k)
@@ -125,6 +134,8 @@ class Sparse24Format(Format):
             specs.append(TensorSpec("weight_scale", shape, scale_dtype, 0, 1, input_multiple=self.group_size))
         if self.static_input:
             specs.append(TensorSpec("input_scale", (1,), torch.float32, None, None, per_part=True))
+        if self.static_input and not self.symmetric:
+            specs.append(TensorSpec("input_zero_point", (1,), torch.int8, None, None, per_part=True))
         return tuple(specs)
 
     def features(self, module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int] | None:
@@ -141,8 +152,9 @@ class Sparse24Format(Format):
             tensors["weight_positions"],
             tensors["weight_scale"] if self.scheme.scaled else None,
             self.group_size,
-            largest_input_scale(tensors["input_scale"]) if self.static_input else None,
             layer=module,
+            symmetric_input=self.symmetric,
+            **(static_input(tensors, self.symmetric) if self.static_input else {}),
         )
 
     def from_weight(self, weight: Sparse24Weight) -> dict[str, Tensor]:
@@ -153,4 +165,6 @@ class Sparse24Format(Format):
             tensors["weight_scale"] = weight.scales.to(_DTYPES[self.scale_dtype])
         if weight.input_scale is not None:
             tensors["input_scale"] = weight.input_scale.float()
+        if weight.input_zero is not None:
+            tensors["input_zero_point"] = weight.input_zero.to(torch.int8)
         return {name: tensor.contiguous() for name, tensor in tensors.items()}

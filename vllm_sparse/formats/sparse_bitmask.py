@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_sparse.errors import FormatError
 from vllm_sparse.formats.base import Given, TensorSpec, check_columns, check_tensors, matrix
 from vllm_sparse.formats.bitmask import BitmaskFormat
-from vllm_sparse.formats.compressed_tensors import scale_specs, scales_of
+from vllm_sparse.formats.compressed_tensors import scale_specs, scales_of, with_input
 from vllm_sparse.weight import Sparse24Weight, nonzero_mask
 
 _BITS = tuple(range(8))
@@ -103,5 +103,6 @@ class SparseBitmaskFormat(BitmaskFormat):
     ) -> Sparse24Weight:
         group, dense = self.our_group(module), self.to_dense_codes(module, tensors)
         assert group.scheme is not None
-        scales, input_scale = scales_of(group, tensors, parts) if group.scheme.scaled else (None, None)
-        return Sparse24Weight.from_dense(dense, group.scheme, scales, group.group_size, input_scale, layer=module)
+        scales = scales_of(group, tensors, parts)
+        weight = Sparse24Weight.from_dense(dense, group.scheme, scales, group.group_size, layer=module)
+        return with_input(weight, group, tensors, module)

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vllm_sparse.scheme import SCHEMES
-from vllm_sparse.weight import LinearSpec, Sparse24Weight
+from vllm_sparse.scheme import SCHEMES, Scheme
+from vllm_sparse.weight import LinearSpec
 
 _FORMAT = {"fp8": "float-quantized", "int8": "int-quantized", "w4a16": "pack-quantized", "w8a16": "pack-quantized"}
+
+
+class Quantized(Protocol):
+    """What is written of a weight: a ``Sparse24Weight``, or another with the same attributes."""
+
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def scales(self) -> Tensor | None: ...
+    @property
+    def input_scale(self) -> Tensor | None: ...
+    @property
+    def input_zero(self) -> Tensor | None: ...
+    def to_dense_codes(self) -> Tensor: ...
 
 
 def pack_columns(codes: Tensor, bits: int) -> Tensor:
@@ -23,7 +37,7 @@ def pack_columns(codes: Tensor, bits: int) -> Tensor:
     return unsigned.contiguous().view(torch.int32)
 
 
-def dense_tensors(weight: Sparse24Weight) -> dict[str, Tensor]:
+def dense_tensors(weight: Quantized) -> dict[str, Tensor]:
     """Return the tensors of a layer, by the last part of their names; the values are the same bit by bit."""
     codes = weight.to_dense_codes()
     if weight.scales is None:
@@ -31,6 +45,8 @@ def dense_tensors(weight: Sparse24Weight) -> dict[str, Tensor]:
     tensors = {"weight_scale": weight.scales}
     if weight.input_scale is not None:
         tensors["input_scale"] = weight.input_scale
+    if weight.input_zero is not None:
+        tensors["input_zero_point"] = weight.input_zero.to(torch.int8)
     if weight.scheme.activation is not None:
         return {"weight": codes} | tensors
     packed = pack_columns(codes, weight.scheme.weight_bits)
@@ -41,7 +57,7 @@ def stock_config(layers: Mapping[LinearSpec, Sequence[str]], ignore: Sequence[st
     """Return the ``quantization_config``, None if nothing is quantized.
 
     Args:
-        layers: names of the quantized layers by their kind; only scheme, group size and static_input count.
+        layers: names of the quantized layers by their kind; only scheme, group size and how inputs are quantized count.
         ignore: names of the linear layers that are not quantized.
     """
     if not layers:
@@ -74,4 +90,5 @@ def _group(spec: LinearSpec, targets: list[str]) -> dict[str, Any]:
     inputs = None
     if spec.scheme.activation is not None:
         inputs = arguments | {"strategy": "tensor" if spec.static_input else "token", "dynamic": not spec.static_input}
+        inputs["symmetric"] = spec.symmetric_input
     return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}

@@ -41,7 +41,13 @@ class Kernel(ABC):
 
     @abstractmethod
     def apply(
-        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+        self,
+        spec: LinearSpec,
+        packed: Mapping[str, Tensor],
+        x: Tensor,
+        x_scale: Tensor | None,
+        bias: Tensor | None,
+        x_zero: Tensor | None = None,
     ) -> Tensor:
         """Return ``x @ W.T + bias``, ``[m, n]`` of ``spec.dtype``.
 
@@ -49,7 +55,20 @@ class Kernel(ABC):
             x: ``[m, k]``, m >= 0: activations of ``spec.dtype``, or codes (see ``quantizes_input``).
             x_scale: float32 ``[m, 1]``, or ``[1]`` for static activations; None when x is not quantized.
             bias: ``[n]`` of ``spec.dtype`` or None.
+            x_zero: int32 zero points of the codes, ``[m, 1]`` or, static, ``[1]``; None when they are symmetric.
         """
+
+
+def zero_point_tensors(weight: Sparse24Weight) -> dict[str, Tensor]:
+    """Return what a kernel that adds up int8 codes needs where activations have a zero point, nothing elsewhere.
+
+    The sum of (x - zero) * W is that of x * W less zero times ``weight_sum`` int32 ``[n]``, each channel's codes added
+    up. Static zero points are ``input_zero``.
+    """
+    if weight.symmetric_input:
+        return {}
+    sums = {"weight_sum": weight.values.sum(1, dtype=torch.int32)}
+    return sums if weight.input_zero is None else sums | {"input_zero": weight.input_zero}
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -66,10 +66,12 @@ def _linear(
     channel_scales: Tensor | None,
     sums: Tensor | None,
     input_scale: Tensor | None,
+    input_zero: Tensor | None,
     bias: Tensor | None,
     panel_format: str,
     n: int,
     group_size: int,
+    symmetric_input: bool,
 ) -> Tensor:
     m, k = x.shape
     if x.stride(1) != 1:
@@ -91,6 +93,8 @@ def _linear(
         m,
         x.stride(0),
         pointer(input_scale),
+        pointer(input_zero),
+        symmetric_input,
         y.data_ptr(),
         pointer(bias),
     )
@@ -104,17 +108,20 @@ def _linear_fake(
     channel_scales: Tensor | None,
     sums: Tensor | None,
     input_scale: Tensor | None,
+    input_zero: Tensor | None,
     bias: Tensor | None,
     panel_format: str,
     n: int,
     group_size: int,
+    symmetric_input: bool,
 ) -> Tensor:
     return x.new_empty((x.shape[0], n))
 
 
 define_op(
     "cpu_linear(Tensor x, Tensor panels, Tensor? group_scales, Tensor? channel_scales, Tensor? sums, "
-    "Tensor? input_scale, Tensor? bias, str panel_format, int n, int group_size) -> Tensor",
+    "Tensor? input_scale, Tensor? input_zero, Tensor? bias, str panel_format, int n, int group_size, "
+    "bool symmetric_input) -> Tensor",
     _linear,
     _linear_fake,
     "CPU",
@@ -125,13 +132,14 @@ class CpuKernel(Kernel):
     """Every scheme, any m, any n, k a multiple of 4, from the packed weight alone.
 
     Activations of the W8A8 schemes are quantized inside, per token or by the static scale, as
-    ``quantize_activations`` in reference.py defines it; int8 products are exact. Packed tensors:
+    ``quantize_activations`` and ``quantize_asymmetric`` in reference.py define it; int8 products are exact. Packed
+    tensors:
 
     - ``panels`` ``[stripes, panels, bytes]`` (see csrc/cpu/panel.h), uint8; for scheme bf16 seen as the values' dtype,
       bf16 or fp16, which tells the two apart;
     - ``group_scales`` ``[stripes, groups, 16]`` in their own dtype, or ``channel_scales`` float32 ``[stripes * 16]``;
     - ``sums`` ``[stripes * 16]``, only where activations become int8: what an activation of 1 everywhere gives;
-    - ``input_scale`` float32 ``[1]`` for static activations.
+    - ``input_scale`` float32 ``[1]`` for static activations, ``input_zero`` int32 ``[1]`` if those have a zero point.
     """
 
     name = "cpu"
@@ -169,10 +177,18 @@ class CpuKernel(Kernel):
             packed["sums"] = _w4a8_sums(weight)
         if weight.input_scale is not None:
             packed["input_scale"] = weight.input_scale.float()
+        if weight.input_zero is not None:
+            packed["input_zero"] = weight.input_zero
         return packed
 
     def apply(
-        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+        self,
+        spec: LinearSpec,
+        packed: Mapping[str, Tensor],
+        x: Tensor,
+        x_scale: Tensor | None,
+        bias: Tensor | None,
+        x_zero: Tensor | None = None,
     ) -> Tensor:
         return torch.ops.vllm_sparse.cpu_linear(
             x,
@@ -181,10 +197,12 @@ class CpuKernel(Kernel):
             packed.get("channel_scales"),
             packed.get("sums"),
             packed.get("input_scale"),
+            packed.get("input_zero"),
             bias,
             self._panel_format(spec),
             spec.n,
             spec.group_size,
+            spec.symmetric_input,
         )
 
     def _panel_format(self, spec: LinearSpec) -> str:

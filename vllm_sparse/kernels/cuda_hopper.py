@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, pointer
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, pointer, zero_point_tensors
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -69,8 +69,10 @@ def _scratch_bytes(device: int, element: int, m: int, n: int, k: int) -> int:
 def _linear(
     x: Tensor,
     x_scale: Tensor | None,
+    x_zero: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor | None,
+    weight_sum: Tensor | None,
     bias: Tensor | None,
     n: int,
     dtype: torch.dtype,
@@ -88,9 +90,11 @@ def _linear(
         x.data_ptr(),
         (x.stride(0) if m > 1 else k) * x.element_size(),
         pointer(x_scale),
+        pointer(x_zero),
         x_scale is not None and x_scale.numel() > 1,
         weight.data_ptr(),
         pointer(weight_scale),
+        pointer(weight_sum),
         pointer(bias),
         out.data_ptr(),
         dtype == torch.float16,
@@ -109,8 +113,10 @@ def _linear(
 def _linear_fake(
     x: Tensor,
     x_scale: Tensor | None,
+    x_zero: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor | None,
+    weight_sum: Tensor | None,
     bias: Tensor | None,
     n: int,
     dtype: torch.dtype,
@@ -119,8 +125,8 @@ def _linear_fake(
 
 
 define_op(
-    "hopper_linear(Tensor x, Tensor? x_scale, Tensor weight, Tensor? weight_scale, Tensor? bias, int n, "
-    "ScalarType dtype) -> Tensor",
+    "hopper_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor weight, Tensor? weight_scale, Tensor? weight_sum, "
+    "Tensor? bias, int n, ScalarType dtype) -> Tensor",
     _linear,
     _linear_fake,
     "CUDA",
@@ -134,7 +140,9 @@ class _HopperKernel(Kernel):
 
     - ``weight_packed`` uint8, see ``pack_bricks``;
     - ``weight_scale`` float32 ``[n rounded up to 64]`` and, for static activations, ``input_scale`` float32 ``[1]``,
-      for schemes that have them.
+      for schemes that have them;
+    - ``weight_sum`` int32 ``[n]``, each channel's codes added up, where activations have a zero point, and their
+      ``input_zero`` int32 ``[1]`` if they are static.
     """
 
     scheme: ClassVar[str]
@@ -162,6 +170,7 @@ class _HopperKernel(Kernel):
         packed = {"weight_packed": pack_bricks(values, weight.positions)}
         if weight.scales is not None:
             packed["weight_scale"] = pad(weight.scales.float().flatten(), (0, -weight.n % BRICK_FEATURES))
+        packed |= zero_point_tensors(weight)
         if weight.input_scale is not None:
             packed["input_scale"] = weight.input_scale
         if weight.device.type == "cuda":
@@ -171,10 +180,24 @@ class _HopperKernel(Kernel):
         return packed
 
     def apply(
-        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+        self,
+        spec: LinearSpec,
+        packed: Mapping[str, Tensor],
+        x: Tensor,
+        x_scale: Tensor | None,
+        bias: Tensor | None,
+        x_zero: Tensor | None = None,
     ) -> Tensor:
         return torch.ops.vllm_sparse.hopper_linear(
-            x, x_scale, packed["weight_packed"], packed.get("weight_scale"), bias, spec.n, spec.dtype
+            x,
+            x_scale,
+            x_zero,
+            packed["weight_packed"],
+            packed.get("weight_scale"),
+            packed.get("weight_sum"),
+            bias,
+            spec.n,
+            spec.dtype,
         )
 
 

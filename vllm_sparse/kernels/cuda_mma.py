@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, pointer
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, pointer, zero_point_tensors
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -133,8 +133,10 @@ def _workspace(device: torch.device) -> Tensor:
 def _linear(
     x: Tensor,
     x_scale: Tensor | None,
+    x_zero: Tensor | None,
     weight: Tensor,
     channel_scale: Tensor | None,
+    weight_sum: Tensor | None,
     bias: Tensor | None,
     n: int,
     group_size: int,
@@ -149,9 +151,11 @@ def _linear(
     _cuda.mma_linear(
         x.data_ptr(),
         pointer(x_scale),
+        pointer(x_zero),
         x_scale is not None and x_scale.numel() > 1,
         weight.data_ptr(),
         pointer(channel_scale),
+        pointer(weight_sum),
         pointer(bias),
         y.data_ptr(),
         _workspace(x.device).data_ptr(),
@@ -175,8 +179,10 @@ def _linear(
 def _linear_fake(
     x: Tensor,
     x_scale: Tensor | None,
+    x_zero: Tensor | None,
     weight: Tensor,
     channel_scale: Tensor | None,
+    weight_sum: Tensor | None,
     bias: Tensor | None,
     n: int,
     group_size: int,
@@ -187,8 +193,8 @@ def _linear_fake(
 
 
 define_op(
-    "mma_linear(Tensor x, Tensor? x_scale, Tensor weight, Tensor? channel_scale, Tensor? bias, int n, int group_size, "
-    "ScalarType weight_dtype, ScalarType dtype) -> Tensor",
+    "mma_linear(Tensor x, Tensor? x_scale, Tensor? x_zero, Tensor weight, Tensor? channel_scale, Tensor? weight_sum, "
+    "Tensor? bias, int n, int group_size, ScalarType weight_dtype, ScalarType dtype) -> Tensor",
     _linear,
     _linear_fake,
     "CUDA",
@@ -203,7 +209,8 @@ class CudaMmaKernel(Kernel):
 
     - ``weight_packed`` uint8, see ``pack_tiles``;
     - ``weight_scale`` float32 ``[n]`` where scales are per channel;
-    - ``input_scale`` float32 ``[1]`` for static activations.
+    - ``weight_sum`` int32 ``[n]``, each channel's codes added up, where activations have a zero point;
+    - ``input_scale`` float32 ``[1]`` for static activations, ``input_zero`` int32 ``[1]`` if those have a zero point.
     """
 
     name = "cuda_mma"
@@ -240,6 +247,7 @@ class CudaMmaKernel(Kernel):
         packed = {"weight_packed": pack_tiles(values, weight.positions, scales, weight.group_size, activation)}
         if weight.scales is not None and not grouped:
             packed["weight_scale"] = weight.scales.float().flatten()
+        packed |= zero_point_tensors(weight)
         if weight.input_scale is not None:
             packed["input_scale"] = weight.input_scale
         if weight.device.type == "cuda":
@@ -254,14 +262,22 @@ class CudaMmaKernel(Kernel):
         return spec.scheme.activation or spec.dtype
 
     def apply(
-        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+        self,
+        spec: LinearSpec,
+        packed: Mapping[str, Tensor],
+        x: Tensor,
+        x_scale: Tensor | None,
+        bias: Tensor | None,
+        x_zero: Tensor | None = None,
     ) -> Tensor:
         values = spec.scheme.value_dtypes[0] if spec.scheme.scaled else spec.dtype
         return torch.ops.vllm_sparse.mma_linear(
             x,
             x_scale,
+            x_zero,
             packed["weight_packed"],
             packed.get("weight_scale"),
+            packed.get("weight_sum"),
             bias,
             spec.n,
             spec.group_size,

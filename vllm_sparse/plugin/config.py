@@ -12,7 +12,8 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from vllm_sparse.errors import OptionError, UnsupportedError
-from vllm_sparse.formats import Format, claims, detect
+from vllm_sparse.formats import Format, Sparse24Format, claims, detect
+from vllm_sparse.formats.bitmask import BitmaskFormat
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.formats.mixed import MixedFormat
 from vllm_sparse.formats.names import is_ignored
@@ -25,6 +26,7 @@ from vllm_sparse.plugin.compat import (
     enable_dependent_launch,
     logger,
     routed_experts_class,
+    shares_embeddings,
     warn_if_untested,
 )
 from vllm_sparse.plugin.options import Options
@@ -139,6 +141,8 @@ class Sparse24Config(QuantizationConfig):
         experts = routed_experts_class()
         if experts is not None and isinstance(layer, experts):
             return self._moe_method(layer, module)
+        if self._has_sparse_head(layer, module):
+            return self._head_method(module)
         if not isinstance(layer, LinearBase):
             return None if self.stock is None else self.stock.get_quant_method(layer, prefix)
         fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
@@ -150,6 +154,26 @@ class Sparse24Config(QuantizationConfig):
             return self.stock_method(layer, prefix)
         kind = Sparse24LinearMethod if fmt.promises_sparse else Sparse24DetectedLinearMethod
         return kind(self, module, *found)
+
+    def _has_sparse_head(self, layer: torch.nn.Module, module: str) -> bool:
+        """Return whether ``layer`` is a head of its own, which the checkpoint stores 2:4, a row for each token."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        fmt = self.format
+        return (
+            isinstance(layer, ParallelLMHead)
+            and isinstance(fmt, (Sparse24Format, BitmaskFormat))
+            and not is_ignored(module, getattr(fmt, "ignore", ()))
+            and fmt.scheme_of(module) is not None
+            and not shares_embeddings()
+        )
+
+    def _head_method(self, module: str) -> Any:
+        from vllm_sparse.plugin.head import Sparse24HeadMethod
+
+        scheme = self.format.scheme_of(module)
+        assert scheme is not None
+        return Sparse24HeadMethod(self, module, module, scheme)
 
     def stock_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method that vLLM itself has for a linear layer that is not 2:4."""

@@ -15,7 +15,7 @@ from vllm_sparse.errors import FormatError, NotSparseError, UnsupportedError
 from vllm_sparse.formats import Format
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
-from vllm_sparse.plugin.compat import begin_online_loading, is_dummy_load
+from vllm_sparse.plugin.compat import begin_online_loading, cpu_routing, is_dummy_load
 from vllm_sparse.plugin.expert_loading import PARTS, ExpertTensor
 from vllm_sparse.plugin.expert_op import ACTIVATIONS, Experts, Projection, register
 from vllm_sparse.plugin.layer import layer_spec
@@ -26,6 +26,17 @@ from vllm_sparse.weight import Sparse24Weight
 if TYPE_CHECKING:
     from vllm_sparse.plugin.config import Sparse24Config
 
+_ROUTING = (
+    "top_k",
+    "use_grouped_topk",
+    "renormalize",
+    "topk_group",
+    "num_expert_group",
+    "custom_routing_function",
+    "scoring_func",
+    "routed_scaling_factor",
+    "e_score_correction_bias",
+)
 _DONE = "_already_called_process_weights_after_loading"  # as in linear.py
 
 
@@ -70,6 +81,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self._stock: Any = config.stock_moe_method(layer, module) if isinstance(self.format, DenseFormat) else None
         self._experts: Experts | None = None
         self._name = ""  # of the above, in the op
+        self._choose = cpu_routing()
         self._check_supported(layer)
 
     def create_weights(
@@ -134,6 +146,17 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         w13 = [getattr(layer, f"w13_{key}") for key in self._experts.w13.names]
         w2 = [getattr(layer, f"w2_{key}") for key in self._experts.w2.names]
         return torch.ops.vllm_sparse.experts(x, topk_weights, topk_ids, w13, w2, self._name)
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM gives the router's logits to ``apply_monolithic`` instead of its choice to ``apply``."""
+        return self._choose is not None
+
+    def apply_monolithic(self, layer: Any, x: Tensor, router_logits: Tensor, *rest: Any, **named: Any) -> Tensor:
+        """Choose experts by ``router_logits`` ``[m, experts]`` and ``apply`` them."""
+        assert self._choose is not None
+        settings = {name: getattr(layer, name) for name in _ROUTING}
+        return self.apply(layer, x, *self._choose(hidden_states=x, router_logits=router_logits, **settings))
 
     def _check_supported(self, layer: Any) -> None:
         """Raise UnsupportedError if these experts do more than two projections and an activation in between."""

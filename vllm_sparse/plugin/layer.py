@@ -30,8 +30,9 @@ def layer_spec(fmt: Format, module: str, n: int, k: int, dtype: torch.dtype) -> 
         raise FormatError(f"{module}: stored dense, so it has no 2:4 description")
     tensors = fmt.tensors(module, n, k, dtype)
     static = any(tensor.name == "input_scale" for tensor in tensors)
+    symmetric = fmt.symmetric_input(module)
     scale = next((t for t in tensors if t.dtype in _SCALE_DTYPES and t.name != "input_scale"), None)
     if not scheme.scaled or scale is None:
-        return LinearSpec(scheme, n, k, -1, dtype, None, static)
+        return LinearSpec(scheme, n, k, -1, dtype, None, static, symmetric)
     group_size = -1 if scale.input_dim is None else k * n // torch.Size(scale.shape).numel()
-    return LinearSpec(scheme, n, k, group_size, dtype, scale.dtype, static)
+    return LinearSpec(scheme, n, k, group_size, dtype, scale.dtype, static, symmetric)

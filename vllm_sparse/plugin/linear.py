@@ -19,6 +19,7 @@ from vllm_sparse.formats import Format, TensorSpec
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
 from vllm_sparse.kernels.base import Kernel
+from vllm_sparse.kernels.reference import quantize_asymmetric
 from vllm_sparse.plugin.compat import Quantizer, activation_quantizer, begin_online_loading, is_dummy_load
 from vllm_sparse.plugin.layer import layer_spec
 from vllm_sparse.plugin.made_up import quantize_at_load, random_weight
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _DONE = "_already_called_process_weights_after_loading"  # vLLM deletes it when it reloads weights
 # Where LoRA and MLA look for a layer's device; a kernel with other names has its largest tensor called so.
 _MAIN_NAMES = ("weight", "weight_packed")
+# Multi-head latent attention takes this layer's weight by multiplying the identity, which a static scale may not hold.
+_ASKED_FOR_WEIGHTS = "kv_b_proj"
 
 
 @register_weight_loader_v2_supported_method
@@ -81,7 +84,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         for spec in self._specs:
             layer.register_parameter(spec.name, make_parameter(spec, self.module, self.parts, loader, self._device()))
         if self.scheme.activation is not None:
-            static = any(spec.name == "input_scale" for spec in self._specs)
+            static = any(spec.name == "input_scale" for spec in self._specs) and not self._per_token
             self._quantize = activation_quantizer(self.scheme.activation, static)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -95,11 +98,19 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Return ``x @ W.T + bias`` for ``x`` ``[..., k]``."""
         assert self.kernel is not None and self.spec is not None
         packed = {name: getattr(layer, attribute) for name, attribute in self._attributes.items()}
-        tokens, scale = x.reshape(-1, x.shape[-1]).to(self.spec.dtype).contiguous(), None
+        tokens, scale, zero = x.reshape(-1, x.shape[-1]).to(self.spec.dtype).contiguous(), None, None
         if self._quantize is not None and not self.kernel.quantizes_input:
-            tokens, scale = self._quantize(tokens, packed.get("input_scale"))
-        out = self.kernel.apply(self.spec, packed, tokens, scale, bias)
+            if self.spec.symmetric_input:
+                tokens, scale = self._quantize(tokens, packed.get("input_scale"))
+            else:  # the compiler makes one kernel of it
+                tokens, scale, zero = quantize_asymmetric(tokens, packed.get("input_scale"), packed.get("input_zero"))
+        out = self.kernel.apply(self.spec, packed, tokens, scale, bias, zero)
         return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    @property
+    def _per_token(self) -> bool:
+        """Whether activations are quantized per token even where the checkpoint has a static scale."""
+        return self.module.rpartition(".")[2] == _ASKED_FOR_WEIGHTS
 
     def _device(self) -> str | None:
         """Return where the checkpoint's tensors are created, None for the model's device."""
@@ -162,6 +173,8 @@ class Sparse24LinearMethod(LinearMethodBase):
 
     def _install(self, layer: torch.nn.Module, weight: Sparse24Weight) -> None:
         """Pack ``weight`` for the best kernel and register what it needs in place of what was loaded."""
+        if self._per_token:
+            weight = replace(weight, input_scale=None)
         spec = weight.spec(self.dtype)
         kernel = choose_kernel(spec, weight.device, self.config.options.kernel_for(spec, weight.device))
         packed = kernel.prepare(spec, weight)

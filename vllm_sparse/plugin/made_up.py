@@ -33,7 +33,19 @@ def random_weight(spec: LinearSpec, device: torch.device) -> Sparse24Weight:
             (spec.n, groups), _AMPLITUDE / scheme.max_code, dtype=spec.scale_dtype or torch.float32, device=device
         )
     input_scale = torch.ones(1, device=device) if spec.static_input else None
-    return Sparse24Weight(scheme, values, positions, scales, spec.group_size, input_scale)
+    input_zero = None
+    if spec.static_input and not spec.symmetric_input:
+        input_zero = torch.zeros(1, dtype=torch.int32, device=device)
+    return Sparse24Weight(
+        scheme,
+        values,
+        positions,
+        scales,
+        spec.group_size,
+        input_scale,
+        symmetric_input=spec.symmetric_input,
+        input_zero=input_zero,
+    )
 
 
 def quantize_at_load(weight: Sparse24Weight, scheme: Scheme, layer: str) -> Sparse24Weight:
