@@ -47,7 +47,8 @@ def test_gptq(strategy, group_size, act_order):
         group_size=None if group_size == -1 else group_size,
     )  # fmt: skip
     scales = grid.scales[None]
-    theirs = quantize_weight(weight[None].clone(), h[None].clone(), scales, torch.zeros_like(scales), None, arguments)[0][0]
+    zeros = torch.zeros_like(scales)
+    theirs = quantize_weight(weight[None].clone(), h[None].clone(), scales, zeros, None, arguments)[0][0]
     result = damp(h)
     ours = gptq(weight, result.h, grid, torch.ones_like(weight, dtype=torch.bool), act_order)
     errors = [float(energy(weight - found, result.h).sum()) for found in (ours, theirs)]
