@@ -12,7 +12,7 @@ set(HOPPER_SOURCES
     csrc/cuda/hopper_fp16.cu csrc/cuda/quantize.cu csrc/cuda/w4a16_stream.cu csrc/cuda/w4a16_wgmma.cu)
 set(PORTABLE_SOURCES csrc/cuda/mma_linear.cu csrc/cuda/w4a16_linear.cu csrc/cuda/w4a16_mma.cu)
 
-# A third of the size. Unpacking it needs a driver of CUDA 12.4 or later, which CUDA 13 needs anyway.
+# A fifth of the size (docs/kernels-mma.md). CUDA 13 needs a driver that can unpack it; one for an older toolkit may not.
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13)
     add_compile_options($<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 endif()

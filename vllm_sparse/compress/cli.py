@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 
 from vllm_sparse.compress.output import OUTPUTS
 from vllm_sparse.compress.recipe import ACTIVATIONS, PRUNERS, QUANTIZERS, Recipe
@@ -60,5 +61,6 @@ def run(args: argparse.Namespace) -> int:
         print(dry_run(args.model, args.output, **options).to_text())
         return 0
     report = compress(args.model, args.output, resume=args.resume, **options)
-    print(f"{report.summary()}\nwritten to {args.output}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several
+        print(f"{report.summary()}\nwritten to {args.output}")
     return 0

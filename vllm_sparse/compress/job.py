@@ -28,6 +28,7 @@ from vllm_sparse.compress.report import Verification, verify
 from vllm_sparse.compress.sensitivity import choose_dense
 from vllm_sparse.compress.smooth import smooth
 from vllm_sparse.compress.staged import StagedBlock, find_leaders
+from vllm_sparse.compress.world import Silent, World
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.names import is_ignored
@@ -42,7 +43,10 @@ _Add = Callable[[str, Tensor], None]
 class Job:
     """A checkpoint, the layers of it that become 2:4, and the steps from one to the other."""
 
-    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, device: torch.device, world: World | None = None
+    ) -> None:
+        self.world = world or World()
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.device = device
@@ -81,7 +85,7 @@ class Job:
             model = BlockModel(self.checkpoint, self.device, _compute_dtype(self.device, self._value_dtype))
             batches = tokens.split(max(1, self.batch_tokens // tokens.shape[1]))
             rule = KeepDense.parse(self.recipe.keep_dense)
-            self.kept = choose_dense(rule, model, self.chosen, batches, extra_bytes)
+            self.kept = self.world.from_one(choose_dense(rule, model, self.chosen, batches, extra_bytes))
         dense = {name for kept in self.kept for name in kept.layers}
         self._choose([name for name in self.chosen if name not in dense])
 
@@ -118,7 +122,11 @@ class Job:
 
     @torch.no_grad()
     def layers(
-        self, writer: CheckpointWriter, tokens: Tensor | None, progress: Progress, manifest: Manifest | None = None
+        self,
+        writer: CheckpointWriter | Silent,
+        tokens: Tensor | None,
+        progress: Progress,
+        manifest: Manifest | None = None,
     ) -> Iterator[LayerReport]:
         """Compress block after block and write each; the inputs of a block come from the compressed ones before it.
 
@@ -198,7 +206,10 @@ class Job:
         if recipe.smooth:
             with self.phases("smooth"):
                 self._smooth(index, block, linears, batches, add)
-        if self._in_stages(batches):
+        if not self.world.alone:
+            yield from self._write_shared(self._groups(block, linears, batches), linears, add, progress)
+            state.advance(index, block)
+        elif self._in_stages(batches):
             outputs = index + 1 < self.blocks
             staged = StagedBlock(
                 block, linears, batches, self._find_leaders(block, linears, batches[0]), recipe.static_input, outputs
@@ -233,6 +244,27 @@ class Job:
                 linears[report.name].weight.copy_(dense)
                 with self.phases("write"):
                     self._add_layer(add, report.name, hub)
+                progress.step(_line(report))
+                yield report
+
+    def _write_shared(
+        self, groups: Iterable[Group], linears: Mapping[str, nn.Linear], add: _Add, progress: Progress
+    ) -> Iterator[LayerReport]:
+        """Do the same together with other processes: each solves its share, and all get what the others found."""
+        solved: list[list[tuple[Weight, LayerReport]]] = []
+        for number, group in enumerate(self.world.groups(groups, linears)):
+            own = [group] if self.world.owner(number) == self.world.rank else []
+            solved.append([])
+            for pruned, inputs in self._pruned(linears, own):
+                with self.phases("quantize"):
+                    found = quantize_layers(pruned, inputs, self.recipe, self._value_dtype)
+                    solved[-1] += [(hub.to("cpu"), report) for hub, _, report in found]
+        for number, found_here in enumerate(solved):
+            with self.phases("share"):
+                found_there = self.world.from_one(found_here, self.world.owner(number))
+            for hub, report in found_there:
+                linears[report.name].weight.copy_(hub.to(self.device).to_dense())
+                self._add_layer(add, report.name, hub)
                 progress.step(_line(report))
                 yield report
 
@@ -327,7 +359,7 @@ class Job:
     ) -> None:
         """Move large activations into the weights, and write what changed besides the layers that become 2:4."""
         prefix = f"{self._model.prefix}.{index}."
-        for name, value in smooth(block, prefix, linears.values(), batches, self.recipe.smooth).items():
+        for name, value in smooth(block, prefix, linears.values(), batches, self.recipe.smooth, self.world).items():
             if name.removesuffix(".weight") not in linears:
                 file_name = self._model.file_name(name)
                 dtype = self.checkpoint.tensors[file_name].dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ class DenseWeight:
     group_size: int = -1
     input_scale: Tensor | None = None
     input_zero: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> DenseWeight:
+        """Return the same weight on ``device``."""
+        scales = None if self.scales is None else self.scales.to(device)
+        input_scale = None if self.input_scale is None else self.input_scale.to(device)
+        return replace(self, values=self.values.to(device), scales=scales, input_scale=input_scale)
 
     def to_dense_codes(self) -> Tensor:
         """Return the stored values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from vllm_sparse.compress.plan import Plan, make_plan
 from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import Recipe, make_recipe, read_recipe
 from vllm_sparse.compress.report import Report, model_card
+from vllm_sparse.compress.world import Silent, World
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 
@@ -38,6 +39,8 @@ def compress(
 ) -> Report:
     """Compress a Hugging Face causal LM to 2:4 and write it as a sparse24 checkpoint.
 
+    Started by torchrun, the processes share the work, and all of them return the same report.
+
     Args:
         model: directory or Hugging Face id.
         output: directory to write; it appears when it is complete, or not at all.
@@ -57,11 +60,21 @@ def compress(
         SparseError: every failure a user can cause, as one sentence.
     """
     started = time.monotonic()
-    plan = _recipe(recipe, options, calibration)
-    with CheckpointWriter(output, force, keep=resume) as writer:
-        job = Job(Checkpoint(_directory(model)), plan, _device(device))
-        tokens, described = job.calibration(calibration)
-        job.keep_dense(tokens)
+    plan, world = _recipe(recipe, options, calibration), World.join()
+    if not world.alone and (plan.refine or resume):
+        raise OptionError(f"{'refine' if plan.refine else 'resume'} works in one process, not in {world.size}")
+    writer = CheckpointWriter(output, force, keep=resume)
+    job = Job(Checkpoint(_directory(model)), plan, _device(device, world), world)
+    tokens, described = job.calibration(calibration)
+    tokens = world.from_one(tokens)
+    job.keep_dense(tokens)
+    tokens = world.share(tokens)
+    if not world.first:
+        with Progress(len(job.chosen), quiet=True) as progress:
+            for _ in job.layers(Silent(), tokens, progress):
+                pass
+        return world.from_one(cast(Report, None))
+    with writer:
         manifest = Manifest(writer, _identity(job, plan, described)) if resume else None
         with Progress(len(job.chosen), quiet=quiet) as progress:
             layers = tuple(job.layers(writer, tokens, progress, manifest))
@@ -85,7 +98,7 @@ def compress(
         writer.write_text("README.md", model_card(report, Path(output).name))
         if manifest is not None:
             manifest.remove()
-    return report
+    return world.from_one(report)
 
 
 def dry_run(
@@ -101,7 +114,7 @@ def dry_run(
     """Return what ``compress`` would do with the same arguments. It raises the same errors and writes nothing."""
     plan = _recipe(recipe, options, calibration)
     CheckpointWriter(output, force)
-    job = Job(Checkpoint(_directory(model)), plan, _device(device))
+    job = Job(Checkpoint(_directory(model)), plan, _device(device, World()))
     tokens, _ = job.calibration(calibration)
     job.keep_dense(tokens)
     return make_plan(job, tokens)
@@ -140,7 +153,9 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _device(name: str | torch.device | None) -> torch.device:
+def _device(name: str | torch.device | None, world: World) -> torch.device:
+    if name is None and not world.alone and torch.cuda.is_available():
+        return world.local_device()
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

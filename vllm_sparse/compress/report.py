@@ -53,7 +53,7 @@ class Report:
         verification: see ``Verification``.
         seconds: wall time.
         phases: seconds by phase: load, smooth, calibrate (the passes that accumulate H), prune (mask and least
-            squares), refine, quantize, write, propagate, verify.
+            squares), refine, quantize, share (with other processes), write, propagate, verify.
         peak_device_bytes: the most memory that tensors held on the GPU, by phase; empty on a CPU.
         versions: of this package, torch and transformers.
     """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_sparse.compress.model import BlockCall
+from vllm_sparse.compress.world import World
 
 _SMALLEST = 1e-5  # of a scale, as in the paper's code
 
@@ -32,6 +33,7 @@ def smooth(
     linears: Iterable[nn.Linear],
     batches: Sequence[tuple[BlockCall, Tensor]],
     strength: float,
+    world: World | None = None,
 ) -> dict[str, Tensor]:
     """Divide what each norm of ``block`` puts out by a scale per channel, and multiply it into the linear layers after.
 
@@ -44,9 +46,12 @@ def smooth(
         batches: inputs, and how the block is called.
         strength: 0 moves nothing, 1 all of it: s = max|x|^strength / max|w|^(1 - strength), equation 4.
 
+        world: other processes, which have other batches.
+
     Returns:
         Every parameter that changed, by its name in the model.
     """
+    world = world or World()
     wanted = {id(linear) for linear in linears}
     norms = _watch(block, batches)
     call, x = batches[0]
@@ -57,7 +62,8 @@ def smooth(
             continue
         parameters = [*norm.module.parameters(recurse=False), *(linear.weight for linear in norm.readers.values())]
         saved = [parameter.clone() for parameter in parameters]
-        if _migrate(norm, strength) and _same(call.run(block, x), before):
+        world.largest(norm.largest)
+        if world.agree(_migrate(norm, strength) and _same(call.run(block, x), before), x.device):
             changed |= {id(parameter) for parameter in parameters}
             continue
         for parameter, old in zip(parameters, saved, strict=True):
