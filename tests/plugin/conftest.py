@@ -27,6 +27,11 @@ BLOCKS = 64  # of the KV cache: clearing a gigabyte takes as long as loading one
 def vllm_context(monkeypatch: pytest.MonkeyPatch) -> VllmContext:
     """Return ``context(rank=0, size=1, options=None, load_format="auto")``, in which layers can be built and loaded."""
     pytest.importorskip("vllm")
+    return make_context(monkeypatch)
+
+
+def make_context(monkeypatch: pytest.MonkeyPatch) -> VllmContext:
+    """Return what ``vllm_context`` is, in any process."""
     from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor import parameter
     from vllm.model_executor.layers import linear, vocab_parallel_embedding
