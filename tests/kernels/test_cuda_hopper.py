@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels import cuda_hopper
-from vllm_sparse.kernels.base import Kernel, pointer
+from vllm_sparse.kernels.base import Kernel
 from vllm_sparse.kernels.cuda_hopper import ELEMENTS, CudaBf16Kernel, CudaFp8Kernel, CudaInt8Kernel, pack_bricks
 from vllm_sparse.kernels.reference import quantize_asymmetric
+from vllm_sparse.native import pointer
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
