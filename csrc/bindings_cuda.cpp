@@ -28,8 +28,8 @@ void check(const char* kernel, const char* error) {
 
 void hopper_linear(int element, Pointer x, std::int64_t x_stride, Pointer x_scale, Pointer x_zero,
                    bool x_scale_per_token, Pointer weight, Pointer weight_scale, Pointer weight_sum, Pointer bias,
-                   Pointer out, bool half_out, int m, int n, int k, int device, int configuration, bool programmatic,
-                   Pointer stream) {
+                   Pointer out, bool half_out, int m, int n, int k, int device, Pointer scratch, int configuration,
+                   bool programmatic, Pointer stream) {
     const vllm_sparse::hopper::LinearArguments arguments{static_cast<vllm_sparse::hopper::Element>(element),
                                                          at<const void>(x),
                                                          x_stride,
@@ -45,7 +45,8 @@ void hopper_linear(int element, Pointer x, std::int64_t x_stride, Pointer x_scal
                                                          m,
                                                          n,
                                                          k,
-                                                         device};
+                                                         device,
+                                                         at<void>(scratch)};
     check("hopper_linear", vllm_sparse::hopper::linear(arguments, configuration, programmatic, at<void>(stream)));
 }
 
@@ -122,6 +123,13 @@ PYBIND11_MODULE(_cuda, module) {
             return vllm_sparse::hopper::choose_configuration(element(e), m, n, k, multiprocessors);
         },
         py::arg("element"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("multiprocessors"));
+    module.def(
+        "hopper_scratch_bytes",
+        [=](int e, int m, int n, int k, int multiprocessors, int configuration) {
+            return vllm_sparse::hopper::scratch_bytes(element(e), m, n, k, multiprocessors, configuration);
+        },
+        py::arg("element"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("multiprocessors"),
+        py::arg("configuration") = -1);
     module.def("hopper_linear", hopper_linear);
     module.def("fp8_quantize", fp8_quantize);
     module.def("w4a16_workspace_bytes", &vllm_sparse::w4a16_workspace_bytes, py::arg("sm_count"));

@@ -1,7 +1,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
+#include <random>
 
 #include "device_guard.h"
 #include "hopper_table.cuh"
@@ -45,6 +47,11 @@ EncodeTiled encode_tiled() {
 
 const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+int blocks_per_cluster(const Configuration& c) { return c.cluster > 1 ? c.cluster : c.split; }
+
+// Clusters that share a tile's columns.
+int clusters_per_tile(const Configuration& c) { return c.cluster > 1 ? c.split : 1; }
+
 // Allows large shared memory and counts the clusters that fit: fewer than multiprocessors / size where a cluster may
 // not span two groups of multiprocessors. All of a block's possible shared memory is asked for, so that one block fits
 // on each.
@@ -55,11 +62,11 @@ const char* prepare_kernel(const Configuration& c, int* workers) {
         return error;
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = c.cluster * c.split;
+    cluster.val.clusterDim.x = blocks_per_cluster(c);
     cluster.val.clusterDim.y = 1;
     cluster.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(c.cluster * c.split);
+    config.gridDim = dim3(blocks_per_cluster(c));
     config.blockDim = dim3(c.threads);
     config.dynamicSmemBytes = kAllShared;
     config.attrs = &cluster;
@@ -112,6 +119,22 @@ int count_clusters(int multiprocessors, int size) {
     return std::max(1, usable / size);
 }
 
+int count_tiles(const Configuration& c, int m, int n) {
+    return ceil_div(m, c.tokens) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
+}
+
+// A word that no memory holds: random, and another one for every launch.
+uint64_t new_key() {
+    static std::atomic<uint64_t> last{[] {
+        std::random_device random;
+        return uint64_t(random()) << 32 | random();
+    }()};
+    uint64_t key = last.fetch_add(0x9E3779B97F4A7C15);
+    key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9;
+    key = (key ^ key >> 27) * 0x94D049BB133111EB;
+    return (key ^ key >> 31) | 1;  // not the 0 that readers leave
+}
+
 }  // namespace
 
 int configuration_count(Element element) { return table(element).count; }
@@ -120,6 +143,9 @@ int configuration_tokens(Element element, int configuration) { return table(elem
 int choose_configuration(Element element, int m, int n, int k, int multiprocessors) {
     // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
     constexpr int kOneTile = 192;
+    // Up to this many, blocks of one cluster split the columns sooner than clusters do; and those wait for each other,
+    // so that they all should run at once.
+    constexpr int kNearSplit = 128;
     const Table& t = table(element);
     const int bricks = ceil_div(k * element_bytes(element), kBrickRowBytes);
     int fewest = 128;
@@ -134,14 +160,21 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
     for (int i = 0; i < t.count; ++i) {
         const Configuration& c = t.rows[i];
         if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
-        const int64_t tiles =
-            int64_t(ceil_div(m, c.tokens)) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
-        const int64_t workers = count_clusters(multiprocessors, c.cluster * c.split);
-        const int64_t waves = (tiles + workers - 1) / workers;
+        const int64_t clusters = int64_t(count_tiles(c, m, n)) * clusters_per_tile(c);
+        const int64_t workers = count_clusters(multiprocessors, blocks_per_cluster(c));
+        const int64_t waves = (clusters + workers - 1) / workers;
+        if (clusters_per_tile(c) > 1 && (waves > 1 || m <= kNearSplit)) continue;
         const float us = waves * (c.tile_us + c.brick_us * ceil_div(bricks, c.split));
         if (best < 0 || us < best_us) best = i, best_us = us;
     }
     return best;
+}
+
+int64_t scratch_bytes(Element element, int m, int n, int k, int multiprocessors, int configuration) {
+    if (configuration < 0) configuration = choose_configuration(element, m, n, k, multiprocessors);
+    const Configuration& c = table(element).rows[configuration];
+    const int keys = c.part_bytes > 0 ? 4 * c.warpgroups * int(sizeof(uint64_t)) : 0;
+    return int64_t(count_tiles(c, m, n)) * c.split * c.cluster * (c.part_bytes + keys);
 }
 
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
@@ -159,13 +192,15 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     if (configuration < 0) configuration = choose_configuration(a.element, a.m, a.n, a.k, device->multiprocessors);
     const Configuration& c = table(a.element).rows[configuration];
 
+    if (c.part_bytes > 0 && a.scratch == nullptr) return "this configuration needs scratch memory";
     if (encode_tiled() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
     KernelArguments args;
     args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
     args.x_planes = row_bytes % kBrickRowBytes == 0;
     CUtensorMap x_map, out_map = {};
     if (!map_x(a, args.x_rows, args.x_planes ? c.bricks : 0, &x_map)) return "the driver refused the tensor map of x";
-    if (c.stored_tokens > 0 && !map_out(a, c.stored_tokens, &out_map)) return "the driver refused the tensor map of the output";
+    if (c.stored_tokens > 0 && !map_out(a, c.stored_tokens, &out_map))
+        return "the driver refused the tensor map of the output";
     args.weight = static_cast<const uint8_t*>(a.weight);
     args.weight_scale = a.weight_scale;
     args.x_scale = a.x_scale;
@@ -180,19 +215,21 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.column_tiles = ceil_div(row_bytes, kPaddingBricks * kBrickRowBytes) * kPaddingBricks / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
-    args.tiles = args.token_tiles * ceil_div(args.feature_tiles, c.warpgroups * c.cluster);
+    args.tiles = count_tiles(c, a.m, a.n);
+    args.scratch = a.scratch;
+    args.key = c.part_bytes > 0 ? new_key() : 0;
     args.stream_weight = args.token_tiles == 1;
-    const int blocks_per_cluster = c.cluster * c.split;
-    const int workers = std::min(device->workers[configuration], args.tiles);
+    const int cluster_size = blocks_per_cluster(c), per_tile = clusters_per_tile(c);
+    const int clusters = per_tile > 1 ? args.tiles * per_tile : std::min(device->workers[configuration], args.tiles);
 
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(workers * blocks_per_cluster);
+    config.gridDim = dim3(clusters * cluster_size);
     config.blockDim = dim3(c.threads);
     config.dynamicSmemBytes = c.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     cudaLaunchAttribute attributes[2];
     attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = blocks_per_cluster;
+    attributes[0].val.clusterDim.x = cluster_size;
     attributes[0].val.clusterDim.y = 1;
     attributes[0].val.clusterDim.z = 1;
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -3,9 +3,9 @@
 // The weight is the sparse operand (64 features per warpgroup), tokens are the other one, so the accumulators hold
 // out^T. Two warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer
 // warpgroup multiplies 64 features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c +
-// clusters, ... In a cluster, CLUSTER blocks with neighbouring features share the loads of the tokens, and SPLIT blocks
-// share a tile's columns. Sums are added in the order of the columns: results depend on the configuration, never on
-// timing.
+// clusters, ... A cluster is CLUSTER blocks with neighbouring features that share the loads of the tokens, or SPLIT
+// blocks that share a tile's columns; where both are wanted, neighbouring clusters share a tile's columns. Sums are
+// added in the order of the columns: results depend on the configuration, never on timing.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -37,6 +37,8 @@ struct KernelArguments {
     int token_tiles;
     int feature_tiles;  // of 64
     int tiles;          // of the whole cluster
+    void* scratch;      // FAR_SPLIT: see FarExchange
+    uint64_t key;       // of this launch
 };
 
 template <typename Element_, int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_, int SPLIT_>
@@ -50,7 +52,9 @@ struct Tile {
     static constexpr int STAGES = STAGES_;
     static constexpr int CLUSTER = CLUSTER_;  // blocks with neighbouring features that share the tokens' loads
     static constexpr int SPLIT = SPLIT_;      // blocks that share a tile's columns
-    static constexpr int BLOCKS_PER_CLUSTER = CLUSTER * SPLIT;
+    // Of clusters of four only 31 fit on 132 multiprocessors, so that 32 tiles would take two waves.
+    static constexpr bool FAR_SPLIT = CLUSTER > 1 && SPLIT > 1;
+    static constexpr int BLOCKS_PER_CLUSTER = CLUSTER > 1 ? CLUSTER : SPLIT;
 
     static constexpr int THREADS = 128 * WARPGROUPS + 64;
     // Arrivals that free a stage: every consumer thread's, and one per warp of the other blocks that share the tokens.
@@ -64,7 +68,8 @@ struct Tile {
     static constexpr int OWNERS =
         SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
-    static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;
+    static constexpr int PART_BYTES = (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;  // one block's sums for one owner
+    static constexpr int EXCHANGE_BYTES = FAR_SPLIT ? 0 : (SPLIT - 1) * PART_BYTES;
     // Large tiles leave through the copy engine, as ordinary stores would block the next tile's loads behind them, and
     // through the memory of the stage that was read last. Small ones leave by ordinary stores (per warp 16 features,
     // padded off the banks) from memory of their own, which is sooner there.
@@ -281,14 +286,12 @@ struct Exchange {
     Four* buffer;      // [SPLIT - 1 senders][VECTORS / OWNERS][threads]
     uint32_t arrived;  // counts the bytes of one tile
     uint32_t drained;  // every other owner has read what this block sent it
-    int split_rank, rank_in_split;
+    int split_rank;
     int parity = 0;
     bool sent = false;
 
     static constexpr int PART = T::VECTORS / T::OWNERS;
     static constexpr int THREADS = 128 * T::WARPGROUPS;
-
-    __device__ uint32_t block(int split) const { return split * T::CLUSTER + rank_in_split; }
 
     __device__ void reduce(int thread, Sum (&d)[T::ACCUMULATORS]) {
         if (thread == 0 && split_rank < T::OWNERS) ptx::barrier_arrive_expect(arrived, T::EXCHANGE_BYTES);
@@ -302,7 +305,7 @@ struct Exchange {
 #pragma unroll
                 for (int i = 0; i < PART; ++i) {
                     const Sum* v = d + (owner * PART + i) * 4;
-                    ptx::store_remote(to + i * THREADS * 16, v[0], v[1], v[2], v[3], arrived, block(owner));
+                    ptx::store_remote(to + i * THREADS * 16, v[0], v[1], v[2], v[3], arrived, owner);
                 }
             }
         }
@@ -329,7 +332,7 @@ struct Exchange {
             }
             __syncwarp();
             const int lane = thread % 32;
-            if (lane < T::SPLIT && lane != split_rank) ptx::barrier_arrive_remote(drained, block(lane));
+            if (lane < T::SPLIT && lane != split_rank) ptx::barrier_arrive_remote(drained, lane);
         }
         parity ^= 1;
     }
@@ -342,6 +345,58 @@ struct Exchange {
     }
 };
 
+// The same for two clusters, through global memory: every warp writes the sums of the tokens that the other cluster
+// owns, and then a word of its own that says so: the launch's key, which no memory can hold by chance or from another
+// launch, so that nothing has to be initialised. The reader clears it for the next replay of a graph. A cluster does
+// one tile and its partner is the next one of the grid, so each waits for blocks that started just before or will start
+// next.
+template <typename T>
+struct FarExchange {
+    using Sum = typename T::Sum;
+    struct alignas(16) Four {
+        Sum x, y, z, w;
+    };
+    static constexpr int PART = T::VECTORS / T::OWNERS;
+    static constexpr int THREADS = 128 * T::WARPGROUPS;
+    static_assert(!T::FAR_SPLIT || (T::SPLIT == 2 && T::OWNERS == 2));
+
+    // `pair`: the number of the two blocks that add up a tile, of `pairs`. scratch: [pairs][owner][PART][threads] sums,
+    // then [pairs][owner][warps] keys.
+    __device__ static void reduce(const KernelArguments& args, int pair, int pairs, int split_rank, int thread,
+                                  Sum (&d)[T::ACCUMULATORS]) {
+        Four* const parts = static_cast<Four*>(args.scratch);
+        uint64_t* const keys = reinterpret_cast<uint64_t*>(parts + int64_t(pairs) * 2 * PART * THREADS);
+        const auto part = [&](int owner) { return parts + (int64_t(pair) * 2 + owner) * PART * THREADS + thread; };
+        const auto key = [&](int owner) { return keys + (pair * 2 + owner) * (THREADS / 32) + thread / 32; };
+#pragma unroll
+        for (int owner = 0; owner < 2; ++owner) {
+            if (owner == split_rank) continue;
+#pragma unroll
+            for (int i = 0; i < PART; ++i) {
+                const Sum* v = d + (owner * PART + i) * 4;
+                part(owner)[i * THREADS] = {v[0], v[1], v[2], v[3]};
+            }
+            __syncwarp();
+            if (thread % 32 == 0) ptx::store_release(key(owner), args.key);
+        }
+        if (split_rank == 1) {
+#pragma unroll
+            for (int i = 0; i < 4 * PART; ++i) d[i] = d[4 * PART + i];
+        }
+        if (thread % 32 == 0) {
+            while (ptx::load_acquire(key(split_rank)) != args.key) {
+            }
+            *key(split_rank) = 0;
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < PART; ++i) {
+            const Four other = ptx::load_uncached(part(split_rank) + i * THREADS);
+            d[4 * i] += other.x, d[4 * i + 1] += other.y, d[4 * i + 2] += other.z, d[4 * i + 3] += other.w;
+        }
+    }
+};
+
 template <typename T>
 __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     linear_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap out_map,
@@ -351,15 +406,17 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_raw) + 1023) & ~uintptr_t(1023));
     uint8_t* const exchange_buffer = stages + T::STAGES * T::STAGE_BYTES;
     uint8_t* const staging = exchange_buffer + T::EXCHANGE_BYTES;  // 1024-byte aligned
-    Epilogue<T>* const epilogues =
-        reinterpret_cast<Epilogue<T>*>(staging + T::STAGING_BYTES);
+    Epilogue<T>* const epilogues = reinterpret_cast<Epilogue<T>*>(staging + T::STAGING_BYTES);
     const uint32_t stage_base = ptx::shared_address(stages);
     const uint32_t full = ptx::shared_address(epilogues + T::WARPGROUPS), empty = full + T::STAGES * 8;
     const uint32_t exchange_barriers = empty + T::STAGES * 8;
 
     const int block_rank = T::BLOCKS_PER_CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
-    const int rank = block_rank % T::CLUSTER, split_rank = block_rank / T::CLUSTER;
-    const int worker = blockIdx.x / T::BLOCKS_PER_CLUSTER, workers = gridDim.x / T::BLOCKS_PER_CLUSTER;
+    const int rank = block_rank % T::CLUSTER;
+    const int cluster = blockIdx.x / T::BLOCKS_PER_CLUSTER, clusters = gridDim.x / T::BLOCKS_PER_CLUSTER;
+    const int split_rank = T::FAR_SPLIT ? cluster % T::SPLIT : block_rank / T::CLUSTER;
+    const int worker = T::FAR_SPLIT ? cluster / T::SPLIT : cluster;
+    const int workers = T::FAR_SPLIT ? clusters / T::SPLIT : clusters;
     const int thread = threadIdx.x % 128;
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
     const int first = args.column_tiles * split_rank / T::SPLIT, last = args.column_tiles * (split_rank + 1) / T::SPLIT;
@@ -396,7 +453,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                             ptx::copy_tile(destination + b * brick_bytes, &x_map, column, row, plane, barrier, policy);
                         } else {
                             ptx::copy_tile_multicast(destination + b * brick_bytes, &x_map, column, row, plane, barrier,
-                                                     ((1 << T::CLUSTER) - 1) << (split_rank * T::CLUSTER), policy);
+                                                     (1 << T::CLUSTER) - 1, policy);
                         }
                     }
                 }
@@ -443,7 +500,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 ptx::barrier_init(full + s * 8, 2);
                 ptx::barrier_init(empty + s * 8, T::RELEASES);
             }
-            if constexpr (T::SPLIT > 1) {
+            if constexpr (T::EXCHANGE_BYTES > 0) {
                 ptx::barrier_init(exchange_barriers, 1);
                 ptx::barrier_init(exchange_barriers + 8, max(1, Exchange<T>::drains(split_rank)));
             }
@@ -451,8 +508,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         }
         __syncwarp();
         ptx::cluster_arrive();
-        // The first loads of the weight depend on no other kernel. Asking for them takes as long as the cluster's barrier
-        // and is done meanwhile.
+        // The first loads of the weight depend on no other kernel. Asking for them takes as long as the cluster's
+        // barrier and is done meanwhile.
         if (leader) {
             begin_tile();
             for (int s = 0; s < T::STAGES && tile < args.tiles; ++s) load();
@@ -479,7 +536,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         typename T::Sum d[T::ACCUMULATORS];
         Ring<T::STAGES> ring(0);
         Exchange<T> exchange{reinterpret_cast<typename Exchange<T>::Four*>(exchange_buffer), exchange_barriers,
-                             exchange_barriers + 8, split_rank, rank};
+                             exchange_barriers + 8, split_rank};
         // Every lane has read its own metadata and arrives for itself. One lane for all 32 would be no faster, and
         // racecheck does not see what it orders (decision 0065). The other blocks' stages hold tokens for this one's
         // multiplications alone, which are the warp's: one lane tells each.
@@ -488,8 +545,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             if constexpr (T::CLUSTER > 1) {
                 __syncwarp();
                 if (lane > 0 && lane < T::CLUSTER) {
-                    const int other = split_rank * T::CLUSTER + (rank + lane) % T::CLUSTER;
-                    ptx::barrier_arrive_remote(empty + stage * 8, other);
+                    ptx::barrier_arrive_remote(empty + stage * 8, (rank + lane) % T::CLUSTER);
                 }
             }
         };
@@ -561,7 +617,12 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 release(previous);
             }
 
-            if constexpr (T::SPLIT > 1) exchange.reduce(warpgroup * 128 + thread, d);
+            if constexpr (T::FAR_SPLIT) {
+                FarExchange<T>::reduce(args, tile * T::CLUSTER + rank, args.tiles * T::CLUSTER, split_rank,
+                                       warpgroup * 128 + thread, d);
+            } else if constexpr (T::SPLIT > 1) {
+                exchange.reduce(warpgroup * 128 + thread, d);
+            }
             if (stores) {
                 ptx::copy_async_wait();
                 ptx::sync_warpgroup(1 + warpgroup);
@@ -579,7 +640,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
         }
         if (T::STORES_TILES && kept >= 0) release_kept();
-        if constexpr (T::SPLIT > 1) exchange.wait_until_drained();  // as above: the last arrivals from others
+        if constexpr (T::EXCHANGE_BYTES > 0) exchange.wait_until_drained();  // as above: the last arrivals from others
     }
 }
 

@@ -45,6 +45,7 @@ struct LinearArguments {
     bool half_out;              // float16 or bfloat16
     int m, n, k;                // n % 16 == 0, rows of x are multiples of 32 bytes
     int device;
+    void* scratch;  // scratch_bytes() of any content that nothing else uses meanwhile, 16-byte aligned
 };
 
 // Number of entries of an element's configuration table.
@@ -55,6 +56,9 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
 
 // Tokens of the tile of one entry; every entry runs any number of tokens.
 int configuration_tokens(Element element, int configuration);
+
+// Scratch memory that one call needs, in bytes, often none; `configuration` as for `linear`.
+int64_t scratch_bytes(Element element, int m, int n, int k, int multiprocessors, int configuration);
 
 // Launches on `stream` (a cudaStream_t) of `device`; no synchronisation, no allocation, the caller's device stays
 // current. `configuration` -1 chooses; `programmatic` lets the kernel start while its predecessor in the stream still

@@ -169,6 +169,23 @@ __device__ __forceinline__ void load_shared(uint32_t address, uint32_t (&words)[
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address) : "memory");
 }
 
+// Words by which warps of different clusters tell each other what they have written.
+__device__ __forceinline__ void store_release(uint64_t* address, uint64_t value) {
+    asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+__device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// Reads 16 bytes that another block wrote.
+template <typename Four>
+__device__ __forceinline__ Four load_uncached(const Four* address) {
+    const uint4 words = __ldcg(reinterpret_cast<const uint4*>(address));
+    return *reinterpret_cast<const Four*>(&words);
+}
+
 // Writes two 8x8 matrices of 16-bit values transposed: lane i of 0..15 gives the address of one row of 8.
 __device__ __forceinline__ void store_matrix_transposed(uint32_t address, uint32_t a, uint32_t b) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)

@@ -230,7 +230,7 @@ __device__ __forceinline__ void copy_tokens(const StreamParams& p, const CUtenso
 }
 
 // Leave this warp's sums with the block that stores them, add up what this block stores, always in the order of the
-// columns, and store it. `arrived` counts the warps of this block and the bytes of the others.
+// columns, and store it. `arrived` counts the bytes of the other block.
 template <typename T, typename C>
 __device__ __forceinline__ void add_up(const StreamParams& p, const float (&acc)[C::kI][C::kJ][4], char* shared,
                                        uint32_t arrived, const Place& place, int rank, int row_group, int way) {
@@ -253,8 +253,7 @@ __device__ __forceinline__ void add_up(const StreamParams& p, const float (&acc)
             }
         }
     }
-    __syncwarp();
-    if (lane == 0) ptx::barrier_arrive(arrived);
+    consumer_barrier<32 * kWarps>();
     const int own = min(p.part, place.blocks - rank * p.part);
     for (int piece = warp; piece < own * C::kJ; piece += kWarps) {
         const int row = (place.block + rank * p.part + piece / C::kJ) * kRowBlock;
@@ -280,7 +279,7 @@ __device__ __forceinline__ void init(const StreamParams& p, uint32_t barriers, u
             ptx::barrier_init(full + 8 * kMostStages, kWarps);
         }
     }
-    ptx::barrier_init(arrived, kWarps + 1);
+    ptx::barrier_init(arrived, 1);
     ptx::barrier_init_fence();
     const int own = min(p.part, place_of<C>(p, blockIdx.x / p.slices).blocks - rank * p.part);
     ptx::barrier_arrive_expect(arrived, (p.slices - 1) * C::kWays * max(0, own) * C::kJ * 512);
@@ -420,13 +419,21 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, int slic
     p.weight_bytes = C::kSteps * p.height * C::kBlock;
     const int sum_bytes = C::kWhole ? C::kI * C::kBlock : slices * C::kWays * p.part * C::kJ * 512;
     const int chunks = (p.steps + C::kSteps * slices - 1) / (C::kSteps * slices);
-    // Weights are asked for long before they are needed, tokens only when the previous kernel has ended.
+    // Weights are asked for long before they are needed, tokens only when the previous kernel has ended: all weights,
+    // if they fit, else half of the memory for either.
     const int budget = kSharedBytes - sum_bytes - kBarrierBytes;
+    const int all = rounds == 1 && chunks < kMostStages ? chunks : kMostStages;
+    const auto weight_stages = [&](int token_stages) {
+        const int fit = (budget - token_stages * p.token_bytes) / p.weight_bytes;
+        return fit < all ? fit : all;
+    };
     p.token_stages = 4;
-    while (p.token_stages > 2 && p.token_stages * p.token_bytes > budget / 3) --p.token_stages;
-    p.weight_stages = (budget - p.token_stages * p.token_bytes) / p.weight_bytes;
-    if (p.weight_stages > kMostStages) p.weight_stages = kMostStages;
-    if (rounds == 1 && p.weight_stages > chunks) p.weight_stages = chunks;
+    while (p.token_stages > 2 && weight_stages(p.token_stages) < all) --p.token_stages;
+    if (weight_stages(p.token_stages) < all) {
+        p.token_stages = 4;
+        while (p.token_stages > 2 && p.token_stages * p.token_bytes > budget / 2) --p.token_stages;
+    }
+    p.weight_stages = weight_stages(p.token_stages);
     if (p.weight_stages < 1) return "w4a16_stream: a stage is too large";
     p.weights = p.token_stages * p.token_bytes;
     p.sums = (p.weights + p.weight_stages * p.weight_bytes + 15) / 16 * 16;
@@ -446,7 +453,9 @@ struct Stream {
         if (slices > 2) return "w4a16_stream: at most two slices";
         const int height = (blocks + device.sm_count / slices - 1) / (device.sm_count / slices);
         if (height <= 4) return w4a16::run<T, Config<kGroups, kJ, 2, 4, 1>>(problem, device, slices, stream);
-        if (height <= 6) return w4a16::run<T, Config<kGroups, kJ, 3, 4, 1>>(problem, device, slices, stream);
+        if constexpr (kJ == 1) {  // for 16 tokens the registers do not suffice
+            if (height <= 6) return w4a16::run<T, Config<kGroups, kJ, 3, 4, 1>>(problem, device, slices, stream);
+        }
         if (height <= 8) return w4a16::run<T, Config<kGroups, kJ, 2, 2, 1>>(problem, device, slices, stream);
         return w4a16::run<T, Config<kGroups, kJ, 2, 1, 2>>(problem, device, slices, stream);
     }

@@ -307,11 +307,13 @@ class TestOnGpu:
                 x, x_scale = (None if t is None else t.cuda() for t in codes(m, 1184, element, integers=True))
                 x_zero = torch.randint(-3, 4, (m, 1), device="cuda", dtype=torch.int32) if element == INT8 else None
                 out = torch.full((m, 336), float("nan"), dtype=layer.spec.dtype, device="cuda")
+                scratch_bytes = module.hopper_scratch_bytes(number, m, 336, 1184, 132, index)
+                scratch = torch.full((scratch_bytes,), 255, dtype=torch.uint8, device="cuda")
                 module.hopper_linear(
                     number, x.data_ptr(), 1184 * x.element_size(), pointer(x_scale), pointer(x_zero), m > 1,
                     layer.packed["weight_packed"].data_ptr(), pointer(layer.packed.get("weight_scale")),
-                    pointer(layer.packed.get("weight_sum")), 0, out.data_ptr(), False, m, 336, 1184, 0, index,
-                    m % 2 == 0, torch.cuda.current_stream().cuda_stream,
+                    pointer(layer.packed.get("weight_sum")), 0, out.data_ptr(), False, m, 336, 1184, 0,
+                    scratch.data_ptr(), index, m % 2 == 0, torch.cuda.current_stream().cuda_stream,
                 )  # fmt: skip
                 moved = x if x_zero is None else x - x_zero
                 assert torch.equal(out, exact(layer.weight, moved, x_scale).to(out.dtype)), (index, m)

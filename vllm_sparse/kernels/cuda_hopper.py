@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -59,6 +60,12 @@ def pack_bricks(values: Tensor, positions: Tensor) -> Tensor:
     return torch.cat((chunks.view(torch.uint8), words.view(torch.uint8)), dim=-1)
 
 
+@lru_cache(4096)  # numbers of tokens times shapes
+def _scratch_bytes(device: int, element: int, m: int, n: int, k: int) -> int:
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return int(_cuda.hopper_scratch_bytes(element, m, n, k, multiprocessors))
+
+
 def _linear(
     x: Tensor,
     x_scale: Tensor | None,
@@ -75,8 +82,11 @@ def _linear(
     if x.stride(1) != 1 or row_bytes % 16 or x.data_ptr() % 16:
         x = x.contiguous()
     out = torch.empty((m, n), dtype=dtype, device=x.device)
+    element = ELEMENTS.index(x.dtype)
+    scratch_bytes = _scratch_bytes(x.device.index, element, m, n, k)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=x.device) if scratch_bytes else None
     _cuda.hopper_linear(
-        ELEMENTS.index(x.dtype),
+        element,
         x.data_ptr(),
         (x.stride(0) if m > 1 else k) * x.element_size(),
         pointer(x_scale),
@@ -92,6 +102,7 @@ def _linear(
         n,
         k,
         x.device.index,
+        pointer(scratch),
         -1,  # the configuration is chosen by the sizes
         m <= MOST_OVERLAPPED_TOKENS,
         torch.cuda.current_stream(x.device).cuda_stream,
