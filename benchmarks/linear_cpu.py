@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import MODELS as SHAPES
+from vllm_sparse import native
 from vllm_sparse.kernels import cpu
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight, pack_nibbles
@@ -179,7 +180,7 @@ def machine() -> str:
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {cpu.tier().name}"
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, {native.tier().name}"
 
 
 def describe(model: str, layer: str, peer: Peer, m: int, n: int, k: int, seconds: float, read: float) -> str:

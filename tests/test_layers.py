@@ -1,4 +1,4 @@
-"""Imports point one way: weight, scheme, errors < formats < compress, and weight < kernels < plugin."""
+"""Imports point one way: weight, scheme, errors, native < formats < compress, and weight < kernels < plugin."""
 
 import ast
 from pathlib import Path
@@ -8,11 +8,12 @@ import pytest
 import vllm_sparse
 
 PACKAGE = Path(vllm_sparse.__file__).parent
-HUB = {"errors", "scheme", "weight"}
+HUB = {"errors", "scheme", "weight", "native"}
 ALLOWED = {
     "errors": set(),
     "scheme": {"errors"},
     "weight": {"errors", "scheme"},
+    "native": {"errors"},
     "formats": HUB | {"formats"},
     "kernels": HUB | {"kernels"},
     "compress": HUB | {"formats", "compress"},

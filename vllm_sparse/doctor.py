@@ -94,7 +94,7 @@ def kernels() -> Iterator[tuple[str, str]]:
 
 
 def _tier() -> str:
-    from vllm_sparse.kernels.cpu import tier
+    from vllm_sparse.native import tier
 
     try:
         found = tier()

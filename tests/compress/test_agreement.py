@@ -26,7 +26,9 @@ def test_sparsegpt(pattern, pruned, size):
 
     weight, _, h = inputs(k=256, n=96, tokens=2000, dtype=torch.float32)
     layer = layer_of(weight)
-    theirs = sparsify_weight(layer, {layer: h.clone()}, Pattern.parse(pattern).pruned, pruned, size, 128, 0.01, False)
+    _, theirs = sparsify_weight(
+        layer, {layer: h.clone()}, Pattern.parse(pattern).pruned, pruned, size, 128, 0.01, False
+    )
     result = damp(h)
     ours, mask = sparsegpt(weight, result.factor, pattern=Pattern.parse(pattern))
     errors = [float(energy(weight - found, result.h).sum()) for found in (ours, theirs)]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests.compress.conftest import make_model
+from vllm_sparse import native
 from vllm_sparse.compress import compress, descent, gptq, job, sparsegpt
 from vllm_sparse.compress.attention import FastAttention, causal_attention
 from vllm_sparse.compress.descent import coordinate_descent
@@ -15,13 +16,12 @@ from vllm_sparse.compress.grid import search_grid
 from vllm_sparse.compress.hessian import Hessian, damp
 from vllm_sparse.compress.model import BlockCall
 from vllm_sparse.compress.staged import StagedBlock, find_leaders
-from vllm_sparse.kernels import cpu
 from vllm_sparse.scheme import get_scheme
 
 needs_columns = pytest.mark.skipif(
-    cpu._cpu is None or not cpu.tier().has_columns, reason="the C++ loops over columns need AVX-512"
+    native.cpu is None or not native.tier().has_columns, reason="the C++ loops over columns need AVX-512"
 )
-needs_gram = pytest.mark.skipif(cpu._cpu is None or not cpu.tier().has_gram, reason="needs AVX-512 with BF16")
+needs_gram = pytest.mark.skipif(native.cpu is None or not native.tier().has_gram, reason="needs AVX-512 with BF16")
 
 
 @needs_gram

@@ -7,10 +7,11 @@ import torch
 
 from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.gptq import gptq, round_to_nearest
-from vllm_sparse.compress.grid import search_grid
+from vllm_sparse.compress.grid import round_codes, search_grid
 from vllm_sparse.compress.hessian import Hessian, damp, energy
 from vllm_sparse.compress.least_squares import least_squares, optimum_ratio
 from vllm_sparse.compress.magnitude import magnitude_mask, wanda_mask
+from vllm_sparse.compress.pattern import Pattern
 from vllm_sparse.compress.rescale import refit_scales
 from vllm_sparse.compress.sparsegpt import sparsegpt
 from vllm_sparse.errors import FormatError, UnsupportedError
@@ -225,6 +226,50 @@ def test_the_joint_mode_without_rounding_is_sparsegpt():
     weight, _, h = inputs()
     _, factor = damped(h)
     assert torch.equal(sparsegpt(weight, factor, Exact())[0], sparsegpt(weight, factor)[0])
+
+
+@pytest.mark.parametrize(("scheme", "group_size"), [("w4a16", 32), ("int8", -1)])
+def test_the_joint_mode_that_prunes_nothing_is_gptq(scheme, group_size):
+    weight, _, h = inputs()
+    result = damp(h.float())
+    grid = search_grid(weight.float(), SCHEMES[scheme], group_size)
+    everything = Pattern("all", kept=4, size=4, pruned=0.0)
+    joint, mask = sparsegpt(weight.float(), result.factor, grid, pattern=everything)
+    expected = gptq(weight.float(), result.h, grid, torch.ones_like(mask), act_order=False)
+    assert mask.all() and float((joint - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_groups_of_four_in_another_order_are_the_layer_in_that_order():
+    """Where inputs do not correlate, the order in which groups are decided does not matter either."""
+    weight, _, h = inputs()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    columns = (order[:, None] * 4 + torch.arange(4)).flatten()
+    h = torch.diag(h.diagonal())
+    moved, mask = sparsegpt(weight[:, columns], damped(h[columns][:, columns])[1])
+    expected, expected_mask = sparsegpt(weight, damped(h)[1])
+    assert torch.equal(mask, expected_mask[:, columns]) and torch.allclose(moved, expected[:, columns], atol=1e-12)
+
+
+def test_rounding_to_e4m3_is_within_a_sixteenth_and_zeros_stay():
+    codes = torch.cat((torch.logspace(-6, 8.8, 500, base=2.0), torch.zeros(1), torch.tensor([-0.0])))
+    rounded = round_codes(torch.cat((codes, -codes)), SCHEMES["fp8"])
+    assert ((rounded - torch.cat((codes, -codes))).abs() <= codes.abs().repeat(2) / 16).all()
+    assert count_violations(torch.tensor([[1.0, -0.0, 2.0, -0.0]])) == 0  # a negative zero is a zero
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "int8", "fp8", "w8a16"])
+def test_zeros_are_codes_of_every_grid(scheme):
+    weight = inputs()[0].float()
+    mask = magnitude_mask(weight)
+    assert not round_to_nearest(weight * mask, search_grid(weight, SCHEMES[scheme], -1))[~mask].any()
+
+
+def test_tokens_of_zeros_change_h_by_their_number_alone():
+    _, x, _ = inputs(dtype=torch.float32)
+    plain, padded = Hessian(64, torch.device("cpu")), Hessian(64, torch.device("cpu"))
+    plain.add(x)
+    padded.add(torch.cat((x, torch.zeros(400, 64))))
+    assert torch.allclose(padded.matrix("layer") * 2, plain.matrix("layer"), rtol=1e-5, atol=1e-5)
 
 
 def test_the_joint_mode_is_on_the_grid_and_2_4():

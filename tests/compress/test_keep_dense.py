@@ -31,7 +31,7 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("model"), edit=sensitive)
 
 
-@pytest.mark.parametrize("rule", ["owl:1", "kurtosis:1", "owl:0.2", "kurtosis:0.2"])
+@pytest.mark.parametrize("rule", ["owl:1", "kurtosis:0.2"])
 def test_the_layers_that_deserve_it_stay_dense(model, text, tmp_path, rule):
     report = compress(model, tmp_path / "out", calibration=text, keep_dense=rule, quiet=True, **SMALL)
     assert list(report.kept[0].layers) == QKV

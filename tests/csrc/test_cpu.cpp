@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "cpu/calibrate.h"
 #include "cpu/linear.h"
 
 namespace {
@@ -140,6 +141,58 @@ bool check(const Tier& tier, const Case& c, std::int64_t m) {
     return false;
 }
 
+// X^T X of m tokens, in a buffer of rows 3 wider than k.
+bool check_gram(const Tier& tier, int m, int k) {
+    const int stride = k + 3;
+    std::vector<std::uint16_t> x(m == 0 ? 0 : (m - 1) * stride + k);
+    for (auto& one : x) one = static_cast<std::uint16_t>(uniform(0, 1) << 15 | uniform(0x3e80, 0x3fff));
+    std::vector<float> sum(k * k, 1.0f);
+    gram(tier, x.data(), m, k, stride, sum.data());
+    for (int i = 0; i < k; ++i)
+        for (int j = i; j < k; ++j) {
+            double exact = 1;
+            for (int t = 0; t < m; ++t) exact += double(from_bf16(x[t * stride + i])) * from_bf16(x[t * stride + j]);
+            if (std::abs(sum[i * k + j] - exact) > 1e-4 * (m + 1)) return false;
+        }
+    return true;
+}
+
+// Every loop on random columns: pruned to two of four, what is kept on the grid, and nothing outside the buffers.
+bool check_columns(const Tier& tier, Columns::Kind kind, int count, int n, bool rounds, bool fp8) {
+    std::vector<float> weight(count * n), gradient(count * n), errors(count * n), square(count * count);
+    std::vector<float> scales(count * n, 0.25f);
+    std::vector<std::uint8_t> keep(count * n);
+    for (auto& one : weight) one = static_cast<float>(uniform(-1000, 1000)) / 500;
+    for (auto& one : gradient) one = static_cast<float>(uniform(-1000, 1000)) / 500;
+    for (auto& one : keep) one = static_cast<std::uint8_t>(uniform(0, 1));
+    for (int i = 0; i < count; ++i)
+        for (int j = i; j < count; ++j) square[i * count + j] = square[j * count + i] = i == j ? 1.0f : 0.05f;
+    const Columns loop{kind,
+                       count,
+                       count,
+                       weight.data(),
+                       gradient.data(),
+                       keep.data(),
+                       rounds ? scales.data() : nullptr,
+                       square.data(),
+                       errors.data(),
+                       fp8 ? 448.0f : 7.0f,
+                       fp8};
+    columns(tier, loop, n);
+    for (int i = 0; i < count * n; ++i) {
+        if (!std::isfinite(errors[i]) || (!keep[i] && weight[i] != 0)) return false;
+        if (rounds && !fp8 && weight[i] * 4 != std::nearbyint(weight[i] * 4)) return false;
+    }
+    if (kind == Columns::Kind::sparsegpt)
+        for (int j = 0; j < count; j += 4)
+            for (int i = 0; i < n; ++i) {
+                int kept = 0;
+                for (int c = 0; c < 4; ++c) kept += keep[(j + c) * n + i];
+                if (kept != 2) return false;
+            }
+    return true;
+}
+
 }  // namespace
 
 int main() {
@@ -159,6 +212,23 @@ int main() {
             }
         }
     }
+    for (const Tier* tier : available_tiers())
+        for (int threads : {1, 2, 7}) {
+            omp_set_num_threads(threads);
+            if (tier->gram)
+                for (auto [m, k] : {std::pair{0, 4}, {1, 1}, {3, 20}, {515, 17}, {40, 100}, {1030, 64}}) {
+                    ++checks;
+                    failures += !check_gram(*tier, m, k);
+                }
+            if (tier->columns)
+                for (auto kind : {Columns::Kind::sparsegpt, Columns::Kind::gptq, Columns::Kind::descent})
+                    for (auto [count, n] : {std::pair{4, 1}, {8, 63}, {128, 150}})
+                        for (int way : {0, 1, 2}) {
+                            if (way == 0 && kind == Columns::Kind::descent) continue;
+                            ++checks;
+                            failures += !check_columns(*tier, kind, count, n, way > 0, way == 2);
+                        }
+        }
     std::printf("%d checks, %d failures\n", checks, failures);
     return failures ? EXIT_FAILURE : EXIT_SUCCESS;
 }

@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from vllm_sparse import native
 from vllm_sparse.errors import OptionError
 from vllm_sparse.kernels import choose_kernel, cpu
 from vllm_sparse.kernels.reference import ReferenceKernel, quantize_activations, quantize_asymmetric
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight, pack_nibbles
 
-pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="the extension module vllm_sparse._cpu is not built")
+pytestmark = pytest.mark.skipif(native.cpu is None, reason="the extension module vllm_sparse._cpu is not built")
 
-TIERS = cpu._cpu.tiers() if cpu._cpu else []
+TIERS = native.cpu.tiers() if native.cpu else []
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Rounding of the result alone: half a unit in the last place, and for float32 the rounding of a few hundred additions.
 TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2e-6}
@@ -42,10 +43,10 @@ CASES = (
 
 @pytest.fixture(params=TIERS)
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
-    cpu.tier.cache_clear()
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    native.tier.cache_clear()
     yield request.param
-    cpu.tier.cache_clear()
+    native.tier.cache_clear()
 
 
 def random_values(dtype: torch.dtype, shape: tuple[int, int], low: int, high: int) -> Tensor:
@@ -369,10 +370,10 @@ def test_reasons_against() -> None:
 
 
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu.ISA_VARIABLE, "mmx")
-    cpu.tier.cache_clear()
+    monkeypatch.setenv(native.ISA_VARIABLE, "mmx")
+    native.tier.cache_clear()
     with pytest.raises(
         OptionError, match=r"VLLM_SPARSE_CPU_ISA: no CPU kernels named 'mmx' run on this machine; it has .*scalar"
     ):
-        cpu.tier()
-    cpu.tier.cache_clear()
+        native.tier()
+    native.tier.cache_clear()

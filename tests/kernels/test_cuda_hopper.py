@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels import cuda_hopper
-from vllm_sparse.kernels.base import Kernel, pointer
+from vllm_sparse.kernels.base import Kernel
 from vllm_sparse.kernels.cuda_hopper import ELEMENTS, CudaBf16Kernel, CudaFp8Kernel, CudaInt8Kernel, pack_bricks
 from vllm_sparse.kernels.reference import quantize_asymmetric
+from vllm_sparse.native import pointer
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
@@ -388,6 +389,28 @@ class TestOnGpu:
             got.zero_()
             graph.replay()
             assert torch.equal(got, want)
+
+    def test_columns_shared_by_clusters_on_two_streams_at_once(self, element: torch.dtype) -> None:
+        """The clusters of a tile wait for each other, in scratch memory of any content: also when kernels compete."""
+        layer = Layer(random_weight(2048, 4096, element))
+        assert cuda_hopper._scratch_bytes(0, ELEMENTS.index(element), 256, 2048, 4096) > 0
+        x, x_scale = codes(256, 4096, element)
+        x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
+        assert layer.error(x, x_scale) < TOLERANCE
+        want = layer(x, x_scale)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [layer(x, x_scale) for _ in range(3)]
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        torch.cuda.synchronize()
+        got = []
+        for _ in range(50):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    got.append(layer(x, x_scale))
+            graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, want) for out in got + captured)
 
     def test_second_device(self, element: torch.dtype) -> None:
         if torch.cuda.device_count() < 2:

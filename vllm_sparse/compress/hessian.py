@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_sparse import native
 from vllm_sparse.errors import FormatError, UnsupportedError
-from vllm_sparse.kernels import cpu
 
 # Columns of H computed at once; panels below the diagonal are mirrored, not computed.
 _PANEL = 512
@@ -40,10 +40,10 @@ class Hessian:
                 product = torch.mm(x[:, start:stop].T, x[:, start:], out_dtype=torch.float32)
                 self._sum[start:stop, start:] += product
             return
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and cpu._cpu is not None and cpu.tier().has_gram:
-            self._panel = cpu._cpu.GRAM_COLUMNS
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and native.cpu is not None and native.tier().has_gram:
+            self._panel = native.cpu.GRAM_COLUMNS
             x = x if x.stride(1) == 1 else x.contiguous()
-            cpu._cpu.gram(cpu.tier(), x.data_ptr(), *x.shape, x.stride(0), self._sum.data_ptr())
+            native.cpu.gram(native.tier(), x.data_ptr(), *x.shape, x.stride(0), self._sum.data_ptr())
             return
         x = x.float()
         for start in range(0, x.shape[1], self._panel):

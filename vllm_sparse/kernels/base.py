@@ -71,11 +71,6 @@ def zero_point_tensors(weight: Sparse24Weight) -> dict[str, Tensor]:
     return sums if weight.input_zero is None else sums | {"input_zero": weight.input_zero}
 
 
-def pointer(tensor: Tensor | None) -> int:
-    """Return a tensor's address, 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def define_op(signature: str, implementation: Callable[..., Any], fake: Callable[..., Any], device: str) -> None:
     """Register ``torch.ops.vllm_sparse.<name>`` so that torch.compile and CUDA graphs see one opaque call.
 

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_sparse.errors import OptionError
-from vllm_sparse.kernels.base import Kernel, define_op, pointer
+from vllm_sparse import native
+from vllm_sparse.kernels.base import Kernel, define_op
+from vllm_sparse.native import pointer, tier
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
-try:
-    _cpu: Any = importlib.import_module("vllm_sparse._cpu")
-except ImportError as error:  # no compiler at installation: the reference kernel remains
-    _cpu = None
-    _IMPORT_ERROR = str(error)
-
-ISA_VARIABLE = "VLLM_SPARSE_CPU_ISA"
 _DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # int32 sums of u8 x s8 products, half of k of them, hold this many input features.
 _MAX_INT8_K = 2 * (2**31 // (255 * 128))
@@ -30,31 +22,18 @@ _FP8_SCALE = 256.0
 
 
 @functools.cache
-def tier() -> Any:
-    """Return the instruction-set tier in use: the best this machine runs, or the one ``VLLM_SPARSE_CPU_ISA`` names.
-
-    Raises:
-        OptionError: the variable names a tier that does not exist or does not run here.
-    """
-    try:
-        return _cpu.find_tier(os.environ.get(ISA_VARIABLE, ""))
-    except ValueError as error:
-        raise OptionError(f"{ISA_VARIABLE}: {error}") from None
-
-
-@functools.cache
 def _dtype(dtype: torch.dtype) -> Any:
-    return getattr(_cpu.Dtype, _DTYPE_NAMES[dtype])
+    return getattr(native.cpu.Dtype, _DTYPE_NAMES[dtype])
 
 
 @functools.cache
 def _format(name: str, panel_dtype: torch.dtype) -> Any:
-    return _cpu.Format.fp16 if panel_dtype == torch.float16 else getattr(_cpu.Format, name)
+    return native.cpu.Format.fp16 if panel_dtype == torch.float16 else getattr(native.cpu.Format, name)
 
 
 def _by_stripe(scales: Tensor) -> Tensor:
     """Lay ``[n, groups]`` out as ``[stripes, groups, 16]``, zeros for the channels that pad n."""
-    channels: int = _cpu.CHANNELS
+    channels: int = native.cpu.CHANNELS
     padded = torch.nn.functional.pad(scales, (0, 0, 0, -scales.shape[0] % channels))
     return padded.unflatten(0, (-1, channels)).transpose(1, 2).contiguous()
 
@@ -77,7 +56,7 @@ def _linear(
     if x.stride(1) != 1:
         x = x.contiguous()
     y = x.new_empty((m, n))
-    _cpu.linear(
+    native.cpu.linear(
         tier(),
         _format(panel_format, panels.dtype),
         n,
@@ -148,8 +127,8 @@ class CpuKernel(Kernel):
     def reason_against(self, spec: LinearSpec, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"runs on the CPU, not on {device.type}"
-        if _cpu is None:
-            return f"the extension module vllm_sparse._cpu is not built ({_IMPORT_ERROR})"
+        if native.cpu is None:
+            return f"the extension module vllm_sparse._cpu is not built ({native.IMPORT_ERROR})"
         if spec.dtype not in _DTYPE_NAMES:
             return f"takes float32, bfloat16 and float16 activations, not {spec.dtype}"
         if self._panel_format(spec) in ("int8", "w4a8") and spec.k > _MAX_INT8_K:
@@ -161,10 +140,10 @@ class CpuKernel(Kernel):
         panel_format = self._panel_format(spec)
         code = _format(panel_format, weight.values.dtype)
         values, positions = weight.values.contiguous(), weight.positions.contiguous()
-        stripes, columns = -(-n // _cpu.CHANNELS), -(-k // _cpu.COLUMNS)
-        panels = torch.empty(stripes, columns, _cpu.panel_bytes(code), dtype=torch.uint8)
-        sums = torch.empty(stripes * _cpu.CHANNELS, dtype=torch.int32)
-        _cpu.pack(code, n, k, values.data_ptr(), positions.data_ptr(), panels.data_ptr(), sums.data_ptr())
+        stripes, columns = -(-n // native.cpu.CHANNELS), -(-k // native.cpu.COLUMNS)
+        panels = torch.empty(stripes, columns, native.cpu.panel_bytes(code), dtype=torch.uint8)
+        sums = torch.empty(stripes * native.cpu.CHANNELS, dtype=torch.int32)
+        native.cpu.pack(code, n, k, values.data_ptr(), positions.data_ptr(), panels.data_ptr(), sums.data_ptr())
         packed = {"panels": panels if spec.scheme.scaled else panels.view(values.dtype)}
         if weight.scales is not None and weight.group_size == -1:
             scales = _by_stripe(weight.scales.float()).flatten()

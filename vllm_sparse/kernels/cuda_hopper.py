@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, pointer, zero_point_tensors
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, zero_point_tensors
+from vllm_sparse.native import pointer
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
