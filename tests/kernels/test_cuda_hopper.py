@@ -392,8 +392,8 @@ class TestOnGpu:
 
     def test_columns_shared_by_clusters_on_two_streams_at_once(self, element: torch.dtype) -> None:
         """The clusters of a tile wait for each other, in scratch memory of any content: also when kernels compete."""
-        layer = Layer(random_weight(2048, 4096, element))
-        assert cuda_hopper._scratch_bytes(0, ELEMENTS.index(element), 256, 2048, 4096) > 0
+        layer = Layer(random_weight(4096, 4096, element))
+        assert cuda_hopper._scratch_bytes(0, ELEMENTS.index(element), 256, 4096, 4096) > 0
         x, x_scale = codes(256, 4096, element)
         x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
         assert layer.error(x, x_scale) < TOLERANCE
@@ -434,8 +434,8 @@ class TestOnGpu:
         layer = Layer(random_weight(64, 256, element))
         x, x_scale = codes(4, 256, element)
         x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
-        packed = layer.packed["weight_packed"], layer.packed.get("weight_scale")
-        arguments = (x, x_scale, *packed, None, 64, BF16 if element in (FP8, INT8) else element)
+        packed = layer.packed["weight_packed"], layer.packed.get("weight_scale"), layer.packed.get("weight_sum")
+        arguments = (x, x_scale, None, *packed, None, 64, BF16 if element in (FP8, INT8) else element)
         # test_schema compares inputs by arithmetic that torch does not have for fp8.
         checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(torch.ops.vllm_sparse.hopper_linear.default, arguments, test_utils=checks)
