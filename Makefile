@@ -47,7 +47,7 @@ demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT) $(if $(MODEL),--model $(MODEL))
 
 test: lint $(VENV)/.cuda
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
