@@ -30,6 +30,35 @@ class Group:
     largest: Tensor | None
 
 
+class InputStatistics:
+    """What is known of the inputs that reach some layers, by the name of one layer for all that share an input.
+
+    Args:
+        ranges: also note the largest magnitude of each.
+    """
+
+    def __init__(self, ranges: bool) -> None:
+        self._ranges = ranges
+        self._hessians: dict[str, Hessian] = {}
+        self._largest: dict[str, Tensor] = {}
+
+    def add(self, layer: str, x: Tensor) -> None:
+        """Count inputs ``[..., k]``."""
+        if layer not in self._hessians:
+            self._hessians[layer] = Hessian(x.shape[-1], x.device)
+        self._hessians[layer].add(x)
+        if self._ranges:
+            largest = x.abs().amax()
+            self._largest[layer] = torch.maximum(largest, self._largest.get(layer, largest))
+
+    def hand_out(self, layer: str, names: tuple[str, ...]) -> Group:
+        """Return what is known of the input of ``names``, once: its H is held no longer."""
+        hessian = self._hessians.pop(layer, None)
+        if hessian is None:
+            return Group(names, None, 0, None)
+        return Group(names, hessian.matrix(layer), hessian.tokens, self._largest.get(layer))
+
+
 class _AllSeenError(Exception):
     """Ends a forward pass where the rest of the block would only cost time."""
 
@@ -45,10 +74,8 @@ class BlockHessians:
 
     def __init__(self, linears: Mapping[str, nn.Linear], ranges: bool = False) -> None:
         self._linears = linears
-        self._ranges = ranges
-        self._largest: dict[str, Tensor] = {}
+        self._statistics = InputStatistics(ranges)
         self._leader: dict[str, str] = {}
-        self._hessians: dict[str, Hessian] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
         self._handles: list[Any] = []
         self._called: list[str] = []
@@ -83,11 +110,7 @@ class BlockHessians:
         for name in self._linears:
             members.setdefault(self.leader(name), []).append(name)
         for leader, names in members.items():
-            hessian = self._hessians.pop(leader, None)
-            if hessian is None:
-                yield Group(tuple(names), None, 0, None)
-            else:
-                yield Group(tuple(names), hessian.matrix(leader), hessian.tokens, self._largest.get(leader))
+            yield self._statistics.hand_out(leader, tuple(names))
 
     def leader(self, layer: str) -> str:
         """Return the layer whose H is that of ``layer`` too."""
@@ -104,12 +127,7 @@ class BlockHessians:
             # Who leads is decided in the first pass: a follower whose leader was not called would go uncounted.
             leader = self._leader.setdefault(name, leader)
             if leader == name:
-                if name not in self._hessians:
-                    self._hessians[name] = Hessian(x.shape[-1], x.device)
-                self._hessians[name].add(x)
-                if self._ranges:
-                    largest = x.abs().amax()
-                    self._largest[name] = torch.maximum(largest, self._largest.get(name, largest))
+                self._statistics.add(name, x)
             if name == self._last and len(self._called) == len(self._linears):
                 raise _AllSeenError
 

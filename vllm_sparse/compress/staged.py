@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_sparse.compress.calibrate import BlockHessians, Group
-from vllm_sparse.compress.hessian import Hessian
+from vllm_sparse.compress.calibrate import BlockHessians, Group, InputStatistics
 from vllm_sparse.compress.model import BlockCall
 
 
@@ -104,12 +103,11 @@ class StagedBlock:
         ranges: bool,
         to_the_end: bool,
     ) -> None:
-        self._leaders, self._ranges, self._to_the_end = leaders, ranges, to_the_end
+        self._leaders, self._to_the_end = leaders, to_the_end
         self._order = list(linears)
         self._passes = [_Pass(block, call, x) for call, x in batches]
         self._running: _Pass | None = None
-        self._hessians: dict[str, Hessian] = {}
-        self._largest: dict[str, Tensor] = {}
+        self._statistics = InputStatistics(ranges)
         self._done: set[str] = set()
         self._handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in linears.items()]
         for one in self._passes:
@@ -146,10 +144,7 @@ class StagedBlock:
     def _group(self, leader: str) -> Group:
         names = tuple(name for name in self._order if self._leaders[name] == leader and name not in self._done)
         self._done.update(names)
-        hessian = self._hessians.pop(leader, None)
-        if hessian is None:
-            return Group(names, None, 0, None)
-        return Group(names, hessian.matrix(leader), hessian.tokens, self._largest.get(leader))
+        return self._statistics.hand_out(leader, names)
 
     def _resume(self, passes: Sequence[_Pass]) -> None:
         for one in passes:
@@ -161,13 +156,7 @@ class StagedBlock:
             x, one = args[0], self._running
             if name in self._done or x.numel() == 0 or one is None:
                 return
-            leader = self._leaders[name]
-            if leader not in self._hessians:
-                self._hessians[leader] = Hessian(x.shape[-1], x.device)
-            self._hessians[leader].add(x)
-            if self._ranges:
-                largest = x.abs().amax()
-                self._largest[leader] = torch.maximum(largest, self._largest.get(leader, largest))
+            self._statistics.add(self._leaders[name], x)
             one.stop(name)
 
         return hook
