@@ -206,11 +206,8 @@ class Job:
         if recipe.smooth:
             with self.phases("smooth"):
                 self._smooth(index, block, linears, batches, add)
-        if not self.world.alone:
-            yield from self._write_shared(self._groups(block, linears, batches), linears, add, progress)
-            state.advance(index, block)
-        elif self._in_stages(batches):
-            outputs = index + 1 < self.blocks
+        outputs = index + 1 < self.blocks
+        if self.world.alone and self._in_stages(batches):
             staged = StagedBlock(
                 block, linears, batches, self._find_leaders(block, linears, batches[0]), recipe.static_input, outputs
             )
@@ -221,17 +218,33 @@ class Job:
             finally:
                 staged.close()
         else:
-            pruned = self._pruned(linears, self._groups(block, linears, batches))
-            if recipe.refine:
-                groups = [group for group, _ in pruned]
-                with self.phases("refine"):
-                    progress.say(self._refine(index, block, linears, groups, batches, state.targets))
-                pruned = self._with_inputs(groups, self._groups(block, linears, batches))
-            yield from self._write(pruned, linears, add, progress)
-            if index + 1 < self.blocks:
+            if self.world.alone:
+                solved = self._solved(index, block, linears, batches, state, progress)
+                yield from self._write(solved, linears, add, progress)
+            else:
+                yield from self._write_shared(self._groups(block, linears, batches), linears, add, progress)
+            if outputs:
                 with self.phases("propagate"):
                     state.advance(index, block)
         self._model.release(index)
+
+    def _solved(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        state: _Activations,
+        progress: Progress,
+    ) -> Iterator[tuple[Pruned, Inputs]]:
+        """Prune a block that runs as a whole, and train what is left where the recipe asks for it."""
+        pruned = self._pruned(linears, self._groups(block, linears, batches))
+        if not self.recipe.refine:
+            return pruned
+        groups = [group for group, _ in pruned]
+        with self.phases("refine"):
+            progress.say(self._refine(index, block, linears, groups, batches, state.targets))
+        return self._with_inputs(groups, self._groups(block, linears, batches))
 
     def _write(
         self, pruned: Iterable[tuple[Pruned, Inputs]], linears: Mapping[str, nn.Linear], add: _Add, progress: Progress
