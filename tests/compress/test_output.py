@@ -2,18 +2,22 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from tests.compress.conftest import config_of, make_model
 from vllm_sparse.compress import compress
 from vllm_sparse.compress.evaluate import load_dense, negative_log_likelihood
 from vllm_sparse.compress.hessian import damp
+from vllm_sparse.compress.output import DenseWeight
 from vllm_sparse.compress.pattern import Pattern
+from vllm_sparse.compress.report import verify
 from vllm_sparse.compress.sparsegpt import sparsegpt
-from vllm_sparse.errors import FormatError, NotSparseError, OptionError
+from vllm_sparse.errors import FormatError, NotSparseError, OptionError, OutputError
 from vllm_sparse.formats import claims, detect
 from vllm_sparse.formats.checkpoint import Checkpoint
 from vllm_sparse.formats.convert import convert
+from vllm_sparse.scheme import get_scheme
 
 SMALL = {"num_samples": 8, "seq_len": 64, "quiet": True, "device": "cpu"}
 SCHEMES = ["bf16", "fp8", "int8", "w4a16", "w8a16"]
@@ -202,3 +206,21 @@ def test_static_activations_need_a_scheme_that_has_them(model, text, tmp_path):
         OptionError, match="activation static does not fit scheme w4a16, which does not quantize activations"
     ):
         compress(model, tmp_path / "out", calibration=text, activation="static", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("2:4", "8 of 8 written groups of 4 are not 2:4; nothing was kept"),
+        ("0.5", "only 0 of 32 written weights are zero, not 50.0%; nothing was kept"),
+    ],
+)
+def test_what_is_written_and_not_pruned_is_an_error(tmp_path, pattern, message):
+    class Plain:
+        def read(self, layer, tensors):
+            return DenseWeight(get_scheme("bf16"), tensors["weight"])
+
+    tensors = {"up.weight": torch.ones(4, 8).bfloat16(), "up.bias": torch.ones(4), "upper.weight": torch.ones(1)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(OutputError, match=message):
+        verify(tmp_path, Plain(), Pattern.parse(pattern), ["up"])

@@ -84,3 +84,10 @@ def test_each_process_takes_its_rows():
     assert torch.equal(torch.cat(shares).sort(0).values, tokens)
     with pytest.raises(OptionError, match="5 calibration sequences are too few for 6 processes"):
         World(0, 6).share(tokens)
+
+
+@pytest.mark.parametrize(("word", "value"), [("refine", 1), ("resume", True)])
+def test_what_one_process_alone_can_do(word, value, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "join", lambda: World(0, 2))
+    with pytest.raises(OptionError, match=f"{word} works in one process, not in 2"):
+        compress(tmp_path / "model", tmp_path / "out", calibration=text, **OPTIONS, **{word: value})

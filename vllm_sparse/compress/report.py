@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,14 +107,18 @@ def verify(
         OutputError: a group has too many non-zeros, fewer weights are zero than the pattern says, or a tensor cannot
             be read back.
     """
-    files = {name: file for file in sorted(directory.glob("*.safetensors")) for name in _names(file)}
+    files: dict[str, dict[str, Path]] = defaultdict(dict)  # by layer, then by the last part of a tensor's name
+    for file in sorted(directory.glob("*.safetensors")):
+        for name in _names(file):
+            layer, _, last = name.rpartition(".")
+            files[layer][last] = file
     count = weights = violations = zeros = 0
     for layer in layers:
         tensors = {}
-        for name, file in files.items():
-            if name.rpartition(".")[0] == layer and not name.endswith(".bias"):
+        for last, file in files[layer].items():
+            if last != "bias":
                 with safe_open(file, framework="pt") as handle:
-                    tensors[name.rpartition(".")[2]] = handle.get_tensor(name).to(device)
+                    tensors[last] = handle.get_tensor(f"{layer}.{last}").to(device)
         dense = output.read(layer, tensors).to_dense_codes()
         count += 1
         weights += dense.numel()
