@@ -50,10 +50,10 @@ void hopper_linear(int element, Pointer x, std::int64_t x_stride, Pointer x_scal
     check("hopper_linear", vllm_sparse::hopper::linear(arguments, configuration, programmatic, at<void>(stream)));
 }
 
-void fp8_quantize(Pointer x, bool half, Pointer codes, Pointer scale, int m, int k, int device, bool overlap,
-                  Pointer stream) {
+void fp8_quantize(Pointer x, bool half, bool gated, Pointer codes, Pointer scale, int m, int k, int device,
+                  bool overlap, Pointer stream) {
     const vllm_sparse::fp8::QuantizeArguments arguments{
-        at<const void>(x), half, at<void>(codes), at<float>(scale), m, k, device, overlap};
+        at<const void>(x), half, gated, at<void>(codes), at<float>(scale), m, k, device, overlap};
     check("fp8_quantize", vllm_sparse::fp8::quantize(arguments, at<void>(stream)));
 }
 

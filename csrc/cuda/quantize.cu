@@ -14,11 +14,23 @@ namespace vllm_sparse::fp8 {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kLeastBlocks = 2;            // per multiprocessor: one loads while another waits for its largest value
 constexpr int kVector = 8;                 // values per thread and load
 constexpr int kPass = kThreads * kVector;  // columns per block and load
 constexpr int kMostPasses = 4, kMostBlocks = 8;
 constexpr float kLargest = 448.f, kLeastScale = 1.f / (448.f * 512.f);
 static_assert(kMostColumns == kPass * kMostPasses * kMostBlocks);
+
+template <bool kHalf>
+__device__ __forceinline__ uint32_t pack(float a, float b) {
+    if constexpr (kHalf) {
+        const __half2 pair = __floats2half2_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&pair);
+    }
+}
 
 template <bool kHalf>
 __device__ __forceinline__ float2 unpack(uint32_t pair) {
@@ -30,6 +42,23 @@ __device__ __forceinline__ float largest_of_warp(float v) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, lanes));
     return v;
+}
+
+// A quotient that is a few units off in the last place: what it is rounded to has sixteen bits less.
+__device__ __forceinline__ float silu(float v) { return __fdividef(v, 1.f + __expf(-v)); }
+
+// silu(gate) * up of two values, each step rounded to 16 bits as the layers of a model round it.
+template <bool kHalf>
+__device__ __forceinline__ uint32_t silu_multiply(uint32_t gate, uint32_t up) {
+    const float2 g = unpack<kHalf>(gate), u = unpack<kHalf>(up);
+    const float2 s = unpack<kHalf>(pack<kHalf>(silu(g.x), silu(g.y)));
+    return pack<kHalf>(s.x * u.x, s.y * u.y);
+}
+
+template <bool kHalf>
+__device__ __forceinline__ uint4 silu_multiply(uint4 gate, uint4 up) {
+    return make_uint4(silu_multiply<kHalf>(gate.x, up.x), silu_multiply<kHalf>(gate.y, up.y),
+                      silu_multiply<kHalf>(gate.z, up.z), silu_multiply<kHalf>(gate.w, up.w));
 }
 
 // The largest of all threads' values in all blocks of the cluster.
@@ -55,21 +84,27 @@ __device__ __forceinline__ float largest_of_cluster(float v, int blocks) {
     return v;
 }
 
-template <bool kHalf, int kPasses>
-__global__ void __launch_bounds__(kThreads)
+// kGated: rows of x are gate and up, and silu(gate) * up is quantized.
+template <bool kHalf, bool kGated, int kPasses>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     quantize_kernel(const uint4* x, uint2* codes, float* scale, int vectors, int blocks, bool few_tokens) {
     if (few_tokens) ptx::launch_dependents();
     if (blocks > 1) ptx::cluster_arrive();
     const int64_t token = blockIdx.x / blocks;
     const int block = blockIdx.x % blocks;
-    x += token * vectors, codes += token * vectors;
+    x += token * vectors * (kGated ? 2 : 1), codes += token * vectors;
     ptx::wait_for_dependencies();
-    uint4 values[kPasses];
+    uint4 values[kPasses], up[kGated ? kPasses : 1];
     float largest = 0.f;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
         const int i = (pass * blocks + block) * kThreads + threadIdx.x;
         values[pass] = i < vectors ? x[i] : make_uint4(0, 0, 0, 0);
+        if constexpr (kGated) up[pass] = i < vectors ? x[vectors + i] : make_uint4(0, 0, 0, 0);
+    }
+    if constexpr (kGated) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) values[pass] = silu_multiply<kHalf>(values[pass], up[pass]);
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -100,16 +135,21 @@ __global__ void __launch_bounds__(kThreads)
 
 using Kernel = void (*)(const uint4*, uint2*, float*, int, int, bool);
 
-template <bool kHalf>
+template <bool kHalf, bool kGated>
 Kernel kernel_of(int passes) {
     switch (passes) {
         case 1:
-            return quantize_kernel<kHalf, 1>;
+            return quantize_kernel<kHalf, kGated, 1>;
         case 2:
-            return quantize_kernel<kHalf, 2>;
+            return quantize_kernel<kHalf, kGated, 2>;
         default:
-            return quantize_kernel<kHalf, kMostPasses>;
+            return quantize_kernel<kHalf, kGated, kMostPasses>;
     }
+}
+
+Kernel kernel_of(bool half, bool gated, int passes) {
+    if (half) return gated ? kernel_of<true, true>(passes) : kernel_of<true, false>(passes);
+    return gated ? kernel_of<false, true>(passes) : kernel_of<false, false>(passes);
 }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -143,9 +183,9 @@ const char* quantize(const QuantizeArguments& a, void* stream) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
         attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
     }
-    const cudaError_t error = cudaLaunchKernelEx(&config, a.half ? kernel_of<true>(passes) : kernel_of<false>(passes),
-                                                 static_cast<const uint4*>(a.x), static_cast<uint2*>(a.codes), a.scale,
-                                                 a.k / kVector, blocks, few_tokens);
+    const cudaError_t error =
+        cudaLaunchKernelEx(&config, kernel_of(a.half, a.gated, passes), static_cast<const uint4*>(a.x),
+                           static_cast<uint2*>(a.codes), a.scale, a.k / kVector, blocks, few_tokens);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

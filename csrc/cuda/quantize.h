@@ -9,6 +9,7 @@ namespace vllm_sparse::fp8 {
 struct QuantizeArguments {
     const void* x;  // bfloat16, or float16 if half: [m, k], contiguous, 16-byte aligned
     bool half;
+    bool gated;    // x is [m, 2 k], gate beside up, and what is quantized is silu(gate) * up
     void* codes;   // e4m3 [m, k], 8-byte aligned
     float* scale;  // [m]
     int m, k;      // k % 8 == 0, k <= kMostColumns

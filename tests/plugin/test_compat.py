@@ -70,3 +70,25 @@ def test_fp8_activations_go_through_our_op_where_there_is_one(
         assert activation_quantizer(torch.float8_e4m3fn, static=False)(x, None) is ours
         static = activation_quantizer(torch.float8_e4m3fn, static=True)(x, torch.tensor([0.5]))
     assert static[1].tolist() == [0.5]
+
+
+def test_silu_and_quantization_become_one_op_where_there_is_one(
+    vllm_context: VllmContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.compilation.passes.inductor_pass import InductorPass
+
+    from vllm_sparse.kernels import cuda_quantize
+    from vllm_sparse.plugin.compat import fuse_silu_and_quantization
+    from vllm_sparse.plugin.fusion import FuseSiluQuantize
+
+    key = "post_grad_custom_post_pass"
+    with vllm_context():
+        fuse_silu_and_quantization()
+        assert key not in compile_config()  # a machine without the op
+        monkeypatch.setattr(cuda_quantize, "available", lambda: True)
+        fuse_silu_and_quantization()
+        assert isinstance(compile_config()[key], InductorPass)
+        assert compile_config()[key].uuid() == FuseSiluQuantize().uuid()
+        compile_config()[key] = mine = object()
+        fuse_silu_and_quantization()
+        assert compile_config()[key] is mine

@@ -34,20 +34,52 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    m, k = x.shape
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    codes, scale = _quantize_fake(x)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    half = x.dtype == torch.float16
-    overlap = m <= MOST_OVERLAPPED_TOKENS
-    _cuda.fp8_quantize(x.data_ptr(), half, codes.data_ptr(), scale.data_ptr(), m, k, x.device.index, overlap, stream)
+def silu_multiply_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize ``silu(gate) * up``, both steps rounded to the dtype of ``x``, as ``quantize`` does.
+
+    Args:
+        x: bf16 or fp16 ``[m, 2 * k]``, gate beside up, k a multiple of 8.
+    """
+    codes, scale = torch.ops.vllm_sparse.silu_multiply_fp8_quantize(x)
     return codes, scale
 
 
+def _launch(x: Tensor, codes: Tensor, scale: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    m, k = codes.shape
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    half, overlap = x.dtype == torch.float16, m <= MOST_OVERLAPPED_TOKENS
+    pointers = codes.data_ptr(), scale.data_ptr()
+    _cuda.fp8_quantize(x.data_ptr(), half, gated, *pointers, m, k, x.device.index, overlap, stream)
+    return codes, scale
+
+
+def _outputs(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    m = x.shape[0]
+    return x.new_empty((m, k), dtype=torch.float8_e4m3fn), x.new_empty((m, 1), dtype=torch.float32)
+
+
 def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    return _outputs(x, x.shape[1])
+
+
+def _silu_multiply_quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _outputs(x, x.shape[1] // 2)
+
+
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _launch(x, *_quantize_fake(x), gated=False)
+
+
+def _silu_multiply_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _launch(x, *_silu_multiply_quantize_fake(x), gated=True)
 
 
 define_op("fp8_quantize(Tensor x) -> (Tensor, Tensor)", _quantize, _quantize_fake, "CUDA")
+define_op(
+    "silu_multiply_fp8_quantize(Tensor x) -> (Tensor, Tensor)",
+    _silu_multiply_quantize,
+    _silu_multiply_quantize_fake,
+    "CUDA",
+)

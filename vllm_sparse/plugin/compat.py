@@ -71,6 +71,24 @@ def enable_dependent_launch() -> None:
         config.compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
 
 
+def fuse_silu_and_quantization() -> None:
+    """Let vLLM's compiler make one op of a gated MLP's SiLU and the quantization behind it, where there is such an op.
+
+    A pass that the user gave stays the only one. To be called before the model is compiled, as above.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or not cuda_quantize.available():
+        return
+    try:
+        from vllm.compilation.passes.inductor_pass import CallableInductorPass
+    except ImportError:  # a version that keeps its passes elsewhere: SiLU and quantization remain two kernels
+        return
+    from vllm_sparse.plugin.fusion import FuseSiluQuantize
+
+    fuse, key = FuseSiluQuantize(), getattr(current_platform, "pass_key", "post_grad_custom_post_pass")
+    config.compilation_config.inductor_compile_config.setdefault(key, CallableInductorPass(fuse, fuse.uuid()))
+
+
 def pipeline_parallel_size() -> int:
     """Return over how many pipeline ranks the layers are spread."""
     config = get_current_vllm_config_or_none()

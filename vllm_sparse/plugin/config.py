@@ -24,6 +24,7 @@ from vllm_sparse.plugin import METHOD
 from vllm_sparse.plugin.compat import (
     additional_config,
     enable_dependent_launch,
+    fuse_silu_and_quantization,
     logger,
     routed_experts_class,
     shares_embeddings,
@@ -148,6 +149,7 @@ class Sparse24Config(QuantizationConfig):
         fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
         warn_if_untested()
         enable_dependent_launch()
+        fuse_silu_and_quantization()
         found = self._stored_as(module, fmt)
         if found is None:
             self.report.ignored(module)
