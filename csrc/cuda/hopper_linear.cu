@@ -49,9 +49,6 @@ const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cu
 
 int blocks_per_cluster(const Configuration& c) { return c.cluster > 1 ? c.cluster : c.split; }
 
-// Clusters that share a tile's columns.
-int clusters_per_tile(const Configuration& c) { return c.cluster > 1 ? c.split : 1; }
-
 // Allows large shared memory and counts the clusters that fit: fewer than multiprocessors / size where a cluster may
 // not span two groups of multiprocessors. All of a block's possible shared memory is asked for, so that one block fits
 // on each.
@@ -123,6 +120,20 @@ int count_tiles(const Configuration& c, int m, int n) {
     return ceil_div(m, c.tokens) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
 }
 
+// What `workers` clusters do with the tiles: rounds of whole ones, and then, if the configuration shares and there are
+// clusters for it, two of them each tile that is left. The last two tiles of tokens may overlap, and have to add up
+// what both of them write in one order: then they are both whole or both shared.
+struct Rounds {
+    int whole, shared_tiles;
+};
+Rounds plan_rounds(const Configuration& c, int m, int n, int workers) {
+    const int tiles = count_tiles(c, m, n), token_tiles = ceil_div(m, c.tokens);
+    const int whole = tiles / workers, left = tiles % workers;
+    const bool apart = m % c.tokens != 0 && token_tiles > 1 && whole * workers % token_tiles == token_tiles - 1;
+    if (!c.shares || 2 * left > workers || apart) return {ceil_div(tiles, workers), 0};
+    return {whole, left};
+}
+
 // A word that no memory holds: random, and another one for every launch.
 uint64_t new_key() {
     static std::atomic<uint64_t> last{[] {
@@ -143,9 +154,10 @@ int configuration_tokens(Element element, int configuration) { return table(elem
 int choose_configuration(Element element, int m, int n, int k, int multiprocessors) {
     // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
     constexpr int kOneTile = 192;
-    // Up to this many, blocks of one cluster split the columns sooner than clusters do; and those wait for each other,
-    // so that they all should run at once.
+    // Up to this many, blocks of one cluster split the columns sooner than clusters share them.
     constexpr int kNearSplit = 128;
+    // What it takes to hand a tile's sums over, on top of half of its columns; fitted as the table's numbers are.
+    constexpr float kSharingUs = 3.0f;
     const Table& t = table(element);
     const int bricks = ceil_div(k * element_bytes(element), kBrickRowBytes);
     int fewest = 128;
@@ -160,11 +172,11 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
     for (int i = 0; i < t.count; ++i) {
         const Configuration& c = t.rows[i];
         if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
-        const int64_t clusters = int64_t(count_tiles(c, m, n)) * clusters_per_tile(c);
-        const int64_t workers = count_clusters(multiprocessors, blocks_per_cluster(c));
-        const int64_t waves = (clusters + workers - 1) / workers;
-        if (clusters_per_tile(c) > 1 && (waves > 1 || m <= kNearSplit)) continue;
-        const float us = waves * (c.tile_us + c.brick_us * ceil_div(bricks, c.split));
+        const Rounds rounds = plan_rounds(c, m, n, count_clusters(multiprocessors, blocks_per_cluster(c)));
+        if (c.shares && (rounds.shared_tiles == 0 || m <= kNearSplit)) continue;
+        const float columns = ceil_div(bricks, c.split);
+        float us = rounds.whole * (c.tile_us + c.brick_us * columns);
+        if (c.shares) us += kSharingUs + c.tile_us + c.brick_us * columns / 2;
         if (best < 0 || us < best_us) best = i, best_us = us;
     }
     return best;
@@ -173,8 +185,9 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
 int64_t scratch_bytes(Element element, int m, int n, int k, int multiprocessors, int configuration) {
     if (configuration < 0) configuration = choose_configuration(element, m, n, k, multiprocessors);
     const Configuration& c = table(element).rows[configuration];
-    const int keys = c.part_bytes > 0 ? 4 * c.warpgroups * int(sizeof(uint64_t)) : 0;
-    return int64_t(count_tiles(c, m, n)) * c.split * c.cluster * (c.part_bytes + keys);
+    if (!c.shares) return 0;
+    const int shared_tiles = std::min(multiprocessors / c.cluster / 2, count_tiles(c, m, n));
+    return int64_t(shared_tiles) * c.cluster * (c.sum_bytes + c.warpgroups * int(sizeof(uint64_t)));
 }
 
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
@@ -192,7 +205,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     if (configuration < 0) configuration = choose_configuration(a.element, a.m, a.n, a.k, device->multiprocessors);
     const Configuration& c = table(a.element).rows[configuration];
 
-    if (c.part_bytes > 0 && a.scratch == nullptr) return "this configuration needs scratch memory";
+    if (c.shares && a.scratch == nullptr) return "this configuration needs scratch memory";
     if (encode_tiled() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
     KernelArguments args;
     args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
@@ -216,11 +229,16 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.token_tiles = ceil_div(a.m, c.tokens);
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
     args.tiles = count_tiles(c, a.m, a.n);
+    const int workers = device->workers[configuration];
+    const Rounds rounds = plan_rounds(c, a.m, a.n, workers);
+    args.rounds = rounds.whole;
+    args.shared_tiles = rounds.shared_tiles;
+    args.overlap = programmatic;
     args.scratch = a.scratch;
-    args.key = c.part_bytes > 0 ? new_key() : 0;
+    args.key = c.shares ? new_key() : 0;
     args.stream_weight = args.token_tiles == 1;
-    const int cluster_size = blocks_per_cluster(c), per_tile = clusters_per_tile(c);
-    const int clusters = per_tile > 1 ? args.tiles * per_tile : std::min(device->workers[configuration], args.tiles);
+    const int cluster_size = blocks_per_cluster(c);
+    const int clusters = std::min(workers, rounds.whole > 0 ? args.tiles : 2 * args.shared_tiles);
 
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(clusters * cluster_size);

@@ -4,8 +4,9 @@
 // out^T. Two warps feed a ring of stages through the copy engine, one the weight and one the tokens; each consumer
 // warpgroup multiplies 64 features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c +
 // clusters, ... A cluster is CLUSTER blocks with neighbouring features that share the loads of the tokens, or SPLIT
-// blocks that share a tile's columns; where both are wanted, neighbouring clusters share a tile's columns. Sums are
-// added in the order of the columns: results depend on the configuration, never on timing.
+// blocks that share a tile's columns. Where the tiles of the last round would leave clusters without work, neighbouring
+// ones can share the columns of those. Sums are added in an order of their own: results depend on the configuration,
+// never on timing.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -37,9 +38,19 @@ struct KernelArguments {
     int token_tiles;
     int feature_tiles;  // of 64
     int tiles;          // of the whole cluster
-    void* scratch;      // FAR_SPLIT: see FarExchange
+    int rounds;         // of whole tiles
+    int shared_tiles;   // the tiles that are left, if two clusters share each one's columns; else 0
+    bool overlap;       // the next kernel may start now
+    void* scratch;      // see SharedSums
     uint64_t key;       // of this launch
 };
+
+// The fewest equal parts of `count` of which each has at most `most`.
+constexpr int fewest_parts(int count, int most) {
+    int parts = (count + most - 1) / most;
+    while (count % parts != 0) ++parts;
+    return parts;
+}
 
 template <typename Element_, int TOKENS_, int WARPGROUPS_, int BRICKS_, int STAGES_, int CLUSTER_, int SPLIT_>
 struct Tile {
@@ -52,8 +63,7 @@ struct Tile {
     static constexpr int STAGES = STAGES_;
     static constexpr int CLUSTER = CLUSTER_;  // blocks with neighbouring features that share the tokens' loads
     static constexpr int SPLIT = SPLIT_;      // blocks that share a tile's columns
-    // Of clusters of four only 31 fit on 132 multiprocessors, so that 32 tiles would take two waves.
-    static constexpr bool FAR_SPLIT = CLUSTER > 1 && SPLIT > 1;
+    static constexpr bool SHARES = CLUSTER > 1 && TOKENS >= 128;  // the tiles of the last round can be shared
     static constexpr int BLOCKS_PER_CLUSTER = CLUSTER > 1 ? CLUSTER : SPLIT;
 
     static constexpr int THREADS = 128 * WARPGROUPS + 64;
@@ -69,11 +79,15 @@ struct Tile {
         SPLIT < VECTORS ? SPLIT : VECTORS;  // blocks of a split tile that write out a part of it
     static constexpr int OUT_TOKENS = TOKENS / OWNERS;
     static constexpr int PART_BYTES = (VECTORS / OWNERS) * WARPGROUPS * 128 * 16;  // one block's sums for one owner
-    static constexpr int EXCHANGE_BYTES = FAR_SPLIT ? 0 : (SPLIT - 1) * PART_BYTES;
+    static constexpr int EXCHANGE_BYTES = (SPLIT - 1) * PART_BYTES;
+    // SHARES: stages that another cluster's sums come in, and what of them a warpgroup has in each.
+    static constexpr int SUM_STAGES = fewest_parts(VECTORS, STAGE_BYTES / (WARPGROUPS * 128 * 16));
+    static constexpr int SUM_VECTORS = VECTORS / SUM_STAGES;
+    static constexpr int SUM_BYTES = SUM_VECTORS * 128 * 16;
     // Large tiles leave through the copy engine, as ordinary stores would block the next tile's loads behind them, and
     // through the memory of the stage that was read last. Small ones leave by ordinary stores (per warp 16 features,
     // padded off the banks) from memory of their own, which is sooner there.
-    static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 512 && SPLIT == 1;
+    static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 256 && SPLIT == 1;
     static constexpr int STAGED_TOKENS = OUT_TOKENS % 32 == 16 ? 16 : OUT_TOKENS < 32 ? OUT_TOKENS : 32;
     static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
@@ -88,6 +102,7 @@ struct Tile {
 
     static_assert(TOKENS / CLUSTER >= 8, "a block loads whole groups of eight tokens");
     static_assert(BRICKS == 1 || CLUSTER == 1, "one copy of several bricks would not lie where a shared stage has it");
+    static_assert(SPLIT == 1 || CLUSTER == 1, "columns are shared in a cluster, or between clusters");
     static_assert(SHARED_BYTES <= 232448, "more shared memory than a block can have");
 };
 
@@ -345,54 +360,85 @@ struct Exchange {
     }
 };
 
-// The same for two clusters, through global memory: every warp writes the sums of the tokens that the other cluster
-// owns, and then a word of its own that says so: the launch's key, which no memory can hold by chance or from another
-// launch, so that nothing has to be initialised. The reader clears it for the next replay of a graph. A cluster does
-// one tile and its partner is the next one of the grid, so each waits for blocks that started just before or will start
-// next.
+// A cluster's tiles: `rounds` whole ones, and then perhaps half of one of the tiles that are left. The first of the two
+// clusters that share a tile gives its sums away; the second one takes them and finishes the tile.
 template <typename T>
-struct FarExchange {
+struct Schedule {
+    struct Piece {
+        int tile, first, last;  // columns; the tile is -1 when there is no more
+    };
+
+    const KernelArguments& args;
+    int worker, workers, split_rank;
+
+    __device__ Piece piece(int i) const {
+        const int columns = args.column_tiles;
+        if (!T::SHARES || i < args.rounds) {
+            const int tile = worker + i * workers;
+            return {tile < args.tiles ? tile : -1, columns * split_rank / T::SPLIT,
+                    columns * (split_rank + 1) / T::SPLIT};
+        }
+        if (i > args.rounds || worker >= 2 * args.shared_tiles) return {-1, 0, 0};
+        // The first one has fewer columns, as its sums need time to arrive (docs/decisions/0066).
+        constexpr int kLead = 4;
+        const int tile = args.rounds * workers + worker / 2, middle = columns / 2 - min(kLead, columns / 4);
+        return worker % 2 == 0 ? Piece{tile, 0, middle} : Piece{tile, middle, columns};
+    }
+    __device__ bool gives(const Piece& p) const { return T::SHARES && p.last < args.column_tiles; }
+    __device__ bool takes(const Piece& p) const { return T::SHARES && p.first > 0; }
+};
+
+// The sums that a cluster gives to another one, through global memory: it writes them, and then a word that says so.
+// The other one fetches them into stages behind those of its own columns. It alone waits, for blocks that come before
+// it in the grid, so that a launch ends whatever else runs beside it. The word is the launch's key, which no memory
+// holds by chance or from another launch, so that nothing has to be initialised; who has read it clears it for the next
+// replay of a graph.
+template <typename T>
+struct SharedSums {
     using Sum = typename T::Sum;
     struct alignas(16) Four {
         Sum x, y, z, w;
     };
-    static constexpr int PART = T::VECTORS / T::OWNERS;
-    static constexpr int THREADS = 128 * T::WARPGROUPS;
-    static_assert(!T::FAR_SPLIT || (T::SPLIT == 2 && T::OWNERS == 2));
+    // [pairs of blocks][warpgroups][VECTORS][128 threads] sums, then [pairs][warpgroups] keys.
+    Four* sums;
+    uint64_t* keys;
 
-    // `pair`: the number of the two blocks that add up a tile, of `pairs`. scratch: [pairs][owner][PART][threads] sums,
-    // then [pairs][owner][warps] keys.
-    __device__ static void reduce(const KernelArguments& args, int pair, int pairs, int split_rank, int thread,
-                                  Sum (&d)[T::ACCUMULATORS]) {
-        Four* const parts = static_cast<Four*>(args.scratch);
-        uint64_t* const keys = reinterpret_cast<uint64_t*>(parts + int64_t(pairs) * 2 * PART * THREADS);
-        const auto part = [&](int owner) { return parts + (int64_t(pair) * 2 + owner) * PART * THREADS + thread; };
-        const auto key = [&](int owner) { return keys + (pair * 2 + owner) * (THREADS / 32) + thread / 32; };
+    __device__ SharedSums(const KernelArguments& args, int pair) {
+        constexpr int kBlock = T::WARPGROUPS * T::VECTORS * 128;
+        const int64_t pairs = args.shared_tiles * T::CLUSTER;
+        Four* const all = static_cast<Four*>(args.scratch);
+        sums = all + int64_t(pair) * kBlock;
+        keys = reinterpret_cast<uint64_t*>(all + pairs * kBlock) + pair * T::WARPGROUPS;
+    }
+    __device__ void give(uint64_t key, int warpgroup, int thread, const Sum (&d)[T::ACCUMULATORS]) {
+        Four* const to = sums + warpgroup * T::VECTORS * 128 + thread;
 #pragma unroll
-        for (int owner = 0; owner < 2; ++owner) {
-            if (owner == split_rank) continue;
-#pragma unroll
-            for (int i = 0; i < PART; ++i) {
-                const Sum* v = d + (owner * PART + i) * 4;
-                part(owner)[i * THREADS] = {v[0], v[1], v[2], v[3]};
+        for (int i = 0; i < T::VECTORS; ++i) to[i * 128] = {d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]};
+        ptx::sync_warpgroup(1 + warpgroup);
+        if (thread == 0) ptx::store_release(keys + warpgroup, key);
+    }
+    // For the copying thread: returns when the sums can be fetched.
+    __device__ void wait(uint64_t key) {
+        for (int g = 0; g < T::WARPGROUPS; ++g) {
+            while (ptx::load_acquire(keys + g) != key) {
             }
-            __syncwarp();
-            if (thread % 32 == 0) ptx::store_release(key(owner), args.key);
+            keys[g] = 0;
         }
-        if (split_rank == 1) {
+        ptx::copy_engine_fence_global();
+    }
+    // Fetches a warpgroup's part of the `i`-th stage of them, SUM_BYTES.
+    __device__ void fetch(uint32_t stage, int warpgroup, int i, uint32_t barrier, uint64_t policy) const {
+        ptx::copy_bulk(stage + warpgroup * T::SUM_BYTES, sums + (warpgroup * T::VECTORS + i * T::SUM_VECTORS) * 128,
+                       T::SUM_BYTES, barrier, policy);
+    }
+    // Adds this thread's part of the `i`-th stage.
+    __device__ static void add(const uint8_t* stage, int warpgroup, int thread, int i, Sum (&d)[T::ACCUMULATORS]) {
+        const Four* const from = reinterpret_cast<const Four*>(stage + warpgroup * T::SUM_BYTES) + thread;
 #pragma unroll
-            for (int i = 0; i < 4 * PART; ++i) d[i] = d[4 * PART + i];
-        }
-        if (thread % 32 == 0) {
-            while (ptx::load_acquire(key(split_rank)) != args.key) {
-            }
-            *key(split_rank) = 0;
-        }
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < PART; ++i) {
-            const Four other = ptx::load_uncached(part(split_rank) + i * THREADS);
-            d[4 * i] += other.x, d[4 * i + 1] += other.y, d[4 * i + 2] += other.z, d[4 * i + 3] += other.w;
+        for (int v = 0; v < T::SUM_VECTORS; ++v) {
+            const Four other = from[v * 128];
+            Sum* const own = d + (i * T::SUM_VECTORS + v) * 4;
+            own[0] += other.x, own[1] += other.y, own[2] += other.z, own[3] += other.w;
         }
     }
 };
@@ -413,14 +459,12 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
 
     const int block_rank = T::BLOCKS_PER_CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
     const int rank = block_rank % T::CLUSTER;
-    const int cluster = blockIdx.x / T::BLOCKS_PER_CLUSTER, clusters = gridDim.x / T::BLOCKS_PER_CLUSTER;
-    const int split_rank = T::FAR_SPLIT ? cluster % T::SPLIT : block_rank / T::CLUSTER;
-    const int worker = T::FAR_SPLIT ? cluster / T::SPLIT : cluster;
-    const int workers = T::FAR_SPLIT ? clusters / T::SPLIT : clusters;
+    const int split_rank = block_rank / T::CLUSTER;
+    const int worker = blockIdx.x / T::BLOCKS_PER_CLUSTER;
+    const Schedule<T> schedule{args, worker, int(gridDim.x / T::BLOCKS_PER_CLUSTER), split_rank};
+    const int pair = worker / 2 * T::CLUSTER + rank;  // the two blocks that share a tile's columns
     const int thread = threadIdx.x % 128;
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
-    const int first = args.column_tiles * split_rank / T::SPLIT, last = args.column_tiles * (split_rank + 1) / T::SPLIT;
-
     const auto feature_tile = [&](int tile, int group) {
         return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
     };
@@ -438,9 +482,13 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             const int brick_bytes = args.x_rows * T::CLUSTER * kBrickRowBytes;
             const uint32_t block_base = stage_base + rank * args.x_rows * kBrickRowBytes;
             Ring<T::STAGES> ring(1);
-            for (int tile = worker; tile < args.tiles; tile += workers) {
-                const int row = first_token(tile) + rank * args.x_rows;
-                for (int c = first; c < last; ++c, ring.advance()) {
+            bool takes = false;
+            for (int i = 0;; ++i) {
+                const auto piece = schedule.piece(i);
+                if (piece.tile < 0) break;
+                takes = schedule.takes(piece);
+                const int row = first_token(piece.tile) + rank * args.x_rows;
+                for (int c = piece.first; c < piece.last; ++c, ring.advance()) {
                     const uint32_t barrier = full + ring.stage * 8,
                                    destination = block_base + ring.stage * T::STAGE_BYTES;
                     ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
@@ -458,6 +506,10 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                     }
                 }
             }
+            for (int i = 0; takes && i < T::SUM_STAGES; ++i, ring.advance()) {
+                ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                ptx::barrier_arrive(full + ring.stage * 8);  // without tokens
+            }
             // This block's memory must outlive what the others of the cluster still send to it: their last releases.
             if constexpr (T::CLUSTER > 1) {
                 for (int s = 0; s < T::STAGES; ++s, ring.advance())
@@ -468,17 +520,19 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     } else if (threadIdx.x >= 128 * T::WARPGROUPS) {  // the weight's warp
         const uint64_t policy = args.stream_weight ? ptx::policy_evict_first() : ptx::policy_evict_normal();
         Ring<T::STAGES> ring(1);
-        int tile = worker, column = first;
+        int index = 0, column = 0;
+        auto piece = schedule.piece(0);
         const uint8_t* source[T::WARPGROUPS];
-        const auto begin_tile = [&] {
-            column = first;
+        const auto begin_piece = [&] {
+            column = piece.first;
 #pragma unroll
             for (int g = 0; g < T::WARPGROUPS; ++g) {
                 // Padding tiles beyond the weight read its last one; nothing of them is stored.
-                const int f = min(feature_tile(tile, g), args.feature_tiles - 1);
-                source[g] = args.weight + (int64_t(f) * args.column_tiles + first) * T::W_SLICE;
+                const int f = min(feature_tile(piece.tile, g), args.feature_tiles - 1);
+                source[g] = args.weight + (int64_t(f) * args.column_tiles + column) * T::W_SLICE;
             }
         };
+        bool takes = false;
         const auto load = [&] {
             const uint32_t barrier = full + ring.stage * 8;
             ptx::barrier_arrive_expect(barrier, T::W_SLICE * T::WARPGROUPS);
@@ -489,12 +543,13 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 source[g] += T::W_SLICE;
             }
             ring.advance();
-            if (++column == last) {
-                tile += workers;
-                begin_tile();
+            if (++column == piece.last) {
+                takes = schedule.takes(piece);
+                piece = schedule.piece(++index);
+                if (piece.tile >= 0) begin_piece();
             }
         };
-        const bool leader = thread == 0 && first < last;
+        const bool leader = thread == 0 && piece.tile >= 0 && piece.first < piece.last;
         if (thread == 0) {
             for (int s = 0; s < T::STAGES; ++s) {
                 ptx::barrier_init(full + s * 8, 2);
@@ -511,18 +566,28 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         // The first loads of the weight depend on no other kernel. Asking for them takes as long as the cluster's
         // barrier and is done meanwhile.
         if (leader) {
-            begin_tile();
-            for (int s = 0; s < T::STAGES && tile < args.tiles; ++s) load();
+            begin_piece();
+            for (int s = 0; s < T::STAGES && piece.tile >= 0; ++s) load();
             ptx::prefetch_map(&x_map);
         }
         __syncwarp();
         ptx::cluster_wait();
-        // With many tokens the next kernel would take room from this one's blocks for longer than it saves.
-        if (args.token_tiles == 1) ptx::launch_dependents();
+        if (args.overlap) ptx::launch_dependents();
         if (leader) {
-            while (tile < args.tiles) {
+            while (piece.tile >= 0) {
                 ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
                 load();
+            }
+            if (takes) {
+                SharedSums<T> shared(args, pair);
+                shared.wait(args.key);
+                for (int i = 0; i < T::SUM_STAGES; ++i, ring.advance()) {
+                    const uint32_t barrier = full + ring.stage * 8, stage = stage_base + ring.stage * T::STAGE_BYTES;
+                    ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
+                    ptx::barrier_arrive_expect(barrier, T::SUM_BYTES * T::WARPGROUPS);
+#pragma unroll
+                    for (int g = 0; g < T::WARPGROUPS; ++g) shared.fetch(stage, g, i, barrier, policy);
+                }
             }
         }
         __syncwarp();
@@ -554,6 +619,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             if (thread == 0) ptx::store_wait_read<0>();
             ptx::sync_warpgroup(1 + warpgroup);
             release(kept);
+            kept = -1;
         };
         const auto finish = [&](const auto& converter, int feature_begin, int token_begin) {
             uint8_t* const own = T::STORES_TILES ? stages + kept * T::STAGE_BYTES : staging;
@@ -564,13 +630,21 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 write_out(args, feature_begin, token_begin, thread, buffers, converter, d);
             }
         };
-        for (int tile = worker; tile < args.tiles; tile += workers) {
-            const int feature_begin = feature_tile(tile, warpgroup) * 64;
-            const int token_begin = first_token(tile) + split_rank * T::OUT_TOKENS;
-            const bool stores = split_rank < T::OWNERS && feature_begin < args.n;
-            if (stores) {
+        struct Part {
+            int feature_begin, token_begin;
+            bool stores;
+        };
+        const auto find_part = [&](const auto& piece) -> Part {
+            const int feature_begin = feature_tile(piece.tile, warpgroup) * 64;
+            return {feature_begin, first_token(piece.tile) + split_rank * T::OUT_TOKENS,
+                    split_rank < T::OWNERS && feature_begin < args.n && !schedule.gives(piece)};
+        };
+        for (int index = 0;; ++index) {
+            auto piece = schedule.piece(index);
+            if (piece.tile < 0) break;
+            if (const Part part = find_part(piece); part.stores) {
                 ptx::sync_warpgroup(1 + warpgroup);  // the previous tile's scales have been read
-                epilogues[warpgroup].fetch_all(args, feature_begin, token_begin, thread);
+                epilogues[warpgroup].fetch_all(args, part.feature_begin, part.token_begin, thread);
             }
 #pragma unroll
             for (int i = 0; i < T::ACCUMULATORS; ++i) d[i] = 0;
@@ -603,39 +677,54 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 previous = ring.stage;
                 ring.advance();
             };
-            int c = first;
-            for (; c + 1 < last; c += 2) {
+            int left = piece.last - piece.first;
+            for (; left > 1; left -= 2) {
                 step(even);
                 step(odd);
             }
-            if (c < last) step(even);
+            if (left > 0) step(even);
             wgmma::wait<0>();
-            if constexpr (T::STORES_TILES) {
+            // Found out again, so that nothing but the sums has registers meanwhile.
+            asm volatile("" : "+r"(index));
+            piece = schedule.piece(index);
+            const Part part = find_part(piece);
+            const bool gives = schedule.gives(piece);
+            if (schedule.takes(piece)) {
+#pragma unroll
+                for (int i = 0; i < T::SUM_STAGES; ++i, ring.advance()) {
+                    release(previous);
+                    previous = ring.stage;
+                    ptx::barrier_wait(full + ring.stage * 8, ring.parity);
+                    SharedSums<T>::add(stages + ring.stage * T::STAGE_BYTES, warpgroup, thread, i, d);
+                }
+            }
+            if (T::STORES_TILES && !gives) {
                 kept = previous;
                 ptx::sync_consumers<T::WARPGROUPS>();  // all have read it
             } else if (previous >= 0) {
                 release(previous);
             }
 
-            if constexpr (T::FAR_SPLIT) {
-                FarExchange<T>::reduce(args, tile * T::CLUSTER + rank, args.tiles * T::CLUSTER, split_rank,
-                                       warpgroup * 128 + thread, d);
+            if (gives) {
+                SharedSums<T>(args, pair).give(args.key, warpgroup, thread, d);
             } else if constexpr (T::SPLIT > 1) {
                 exchange.reduce(warpgroup * 128 + thread, d);
             }
-            if (stores) {
+            if (part.stores) {
                 ptx::copy_async_wait();
                 ptx::sync_warpgroup(1 + warpgroup);
                 const int warp = thread / 32;
                 if constexpr (std::is_same_v<typename T::Sum, int>) {
-                    const int feature = feature_begin + warp * 16 + lane / 4;
-                    if (args.x_zero != nullptr) subtract_zero_points<T>(args, feature, token_begin, lane, d);
+                    const int feature = part.feature_begin + warp * 16 + lane / 4;
+                    if (args.x_zero != nullptr) subtract_zero_points<T>(args, feature, part.token_begin, lane, d);
                 }
                 const bool half = T::SCALED ? args.half_out : std::is_same_v<typename T::Element, wgmma::Float16>;
                 if (half) {
-                    finish(Converter<T, ToFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);
+                    finish(Converter<T, ToFloat16>(epilogues[warpgroup], warp, lane), part.feature_begin,
+                           part.token_begin);
                 } else {
-                    finish(Converter<T, ToBFloat16>(epilogues[warpgroup], warp, lane), feature_begin, token_begin);
+                    finish(Converter<T, ToBFloat16>(epilogues[warpgroup], warp, lane), part.feature_begin,
+                           part.token_begin);
                 }
             }
         }

@@ -122,6 +122,9 @@ __device__ __forceinline__ void store_wait_read() {
 // Makes this thread's ordinary writes to shared memory visible to the copy engine.
 __device__ __forceinline__ void copy_engine_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Orders what other threads wrote to global memory, and this one has been told of, before its own copies of it.
+__device__ __forceinline__ void copy_engine_fence_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -177,13 +180,6 @@ __device__ __forceinline__ uint64_t load_acquire(const uint64_t* address) {
     uint64_t value;
     asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
     return value;
-}
-
-// Reads 16 bytes that another block wrote.
-template <typename Four>
-__device__ __forceinline__ Four load_uncached(const Four* address) {
-    const uint4 words = __ldcg(reinterpret_cast<const uint4*>(address));
-    return *reinterpret_cast<const Four*>(&words);
 }
 
 // Writes two 8x8 matrices of 16-bit values transposed: lane i of 0..15 gives the address of one row of 8.

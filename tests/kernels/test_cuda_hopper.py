@@ -278,6 +278,31 @@ def test_activations_with_a_zero_point(static: bool) -> None:
         assert (got.double() - want).norm() <= TOLERANCE * want.norm(), m
 
 
+def run_configuration(layer: Layer, index: int, x: Tensor, x_scale: Tensor | None, x_zero: Tensor | None) -> Tensor:
+    """Run one entry of the table, in scratch memory and an output of any content."""
+    module, number = cuda_hopper._cuda, ELEMENTS.index(x.dtype)
+    (m, k), n = x.shape, layer.spec.n
+    out = torch.full((m, n), float("nan"), dtype=layer.spec.dtype, device="cuda")
+    scratch = torch.full((module.hopper_scratch_bytes(number, m, n, k, 132, index),), 255, dtype=torch.uint8).cuda()
+    module.hopper_linear(
+        number, x.data_ptr(), k * x.element_size(), pointer(x_scale), pointer(x_zero), m > 1,
+        layer.packed["weight_packed"].data_ptr(), pointer(layer.packed.get("weight_scale")),
+        pointer(layer.packed.get("weight_sum")), 0, out.data_ptr(), False, m, n, k, 0,
+        scratch.data_ptr(), index, m % 2 == 0, torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+    return out
+
+
+def run_exactly(layer: Layer, index: int, m: int, element: torch.dtype) -> None:
+    """Compare one entry of the table with exact sums of small integers."""
+    x, x_scale = (None if t is None else t.cuda() for t in codes(m, layer.spec.k, element, integers=True))
+    zeros = layer.packed.get("weight_sum")
+    x_zero = None if zeros is None else torch.randint(-3, 4, (m, 1), device="cuda", dtype=torch.int32)
+    moved = x if x_zero is None else x - x_zero
+    out = run_configuration(layer, index, x, x_scale, x_zero)
+    assert torch.equal(out, exact(layer.weight, moved, x_scale).to(out.dtype)), (index, m)
+
+
 @gpu
 @pytest.mark.gpu
 @every_element
@@ -301,23 +326,24 @@ class TestOnGpu:
         if element == INT8:
             weight = dataclasses.replace(weight, symmetric_input=False)
         layer = Layer(weight)
+        for index in range(cuda_hopper._cuda.hopper_configurations(ELEMENTS.index(element))):
+            tokens = cuda_hopper._cuda.hopper_configuration_tokens(ELEMENTS.index(element), index)
+            for m in sorted({1, tokens - 1, tokens, tokens + 1, 3 * tokens + 5}):
+                run_exactly(layer, index, m, element)
+
+    def test_what_whole_rounds_leave_is_exact_and_repeatable(self, element: torch.dtype) -> None:
+        """Sixty-nine tiles of 256 features: one more round than clusters can have, of which columns may be shared."""
+        integers = Layer(random_weight(69 * 256, 288, element, integers=True))
+        layer = Layer(random_weight(69 * 256, 288, element))
         module, number = cuda_hopper._cuda, ELEMENTS.index(element)
         for index in range(module.hopper_configurations(number)):
             tokens = module.hopper_configuration_tokens(number, index)
-            for m in sorted({1, tokens - 1, tokens, tokens + 1, 3 * tokens + 5}):
-                x, x_scale = (None if t is None else t.cuda() for t in codes(m, 1184, element, integers=True))
-                x_zero = torch.randint(-3, 4, (m, 1), device="cuda", dtype=torch.int32) if element == INT8 else None
-                out = torch.full((m, 336), float("nan"), dtype=layer.spec.dtype, device="cuda")
-                scratch_bytes = module.hopper_scratch_bytes(number, m, 336, 1184, 132, index)
-                scratch = torch.full((scratch_bytes,), 255, dtype=torch.uint8, device="cuda")
-                module.hopper_linear(
-                    number, x.data_ptr(), 1184 * x.element_size(), pointer(x_scale), pointer(x_zero), m > 1,
-                    layer.packed["weight_packed"].data_ptr(), pointer(layer.packed.get("weight_scale")),
-                    pointer(layer.packed.get("weight_sum")), 0, out.data_ptr(), False, m, 336, 1184, 0,
-                    scratch.data_ptr(), index, m % 2 == 0, torch.cuda.current_stream().cuda_stream,
-                )  # fmt: skip
-                moved = x if x_zero is None else x - x_zero
-                assert torch.equal(out, exact(layer.weight, moved, x_scale).to(out.dtype)), (index, m)
+            for m in {tokens, tokens + 1} if tokens >= 128 else ():
+                run_exactly(integers, index, m, element)
+                x, x_scale = (None if t is None else t.cuda() for t in codes(m, 288, element))
+                want = run_configuration(layer, index, x, x_scale, None)
+                for _ in range(10):
+                    assert torch.equal(run_configuration(layer, index, x, x_scale, None), want), (index, m)
 
     def test_rows_with_a_stride(self, element: torch.dtype) -> None:
         layer = Layer(random_weight(256, 512, element, static=True))
@@ -391,10 +417,10 @@ class TestOnGpu:
             assert torch.equal(got, want)
 
     def test_columns_shared_by_clusters_on_two_streams_at_once(self, element: torch.dtype) -> None:
-        """The clusters of a tile wait for each other, in scratch memory of any content: also when kernels compete."""
-        layer = Layer(random_weight(4096, 4096, element))
-        assert cuda_hopper._scratch_bytes(0, ELEMENTS.index(element), 256, 4096, 4096) > 0
-        x, x_scale = codes(256, 4096, element)
+        """One cluster waits for another one, in scratch memory of any content: also when kernels compete."""
+        layer = Layer(random_weight(4096, 14336, element))
+        assert cuda_hopper._scratch_bytes(0, ELEMENTS.index(element), 256, 4096, 14336) > 0
+        x, x_scale = codes(256, 14336, element)
         x, x_scale = x.cuda(), None if x_scale is None else x_scale.cuda()
         assert layer.error(x, x_scale) < TOLERANCE
         want = layer(x, x_scale)
