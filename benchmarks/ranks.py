@@ -136,7 +136,7 @@ def generate(path: str, quantization: str | None, dtype: str, ranks: int, prompt
 
 
 def compare(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    """Return how far two results of ``generate`` agree; gaps are between the first one's best token and the second's."""
+    """Return how far two results of ``generate`` agree; gaps are from the first's best token to the second's."""
     gaps, same16 = [], 0
     for i, (a, b) in enumerate(zip(one["tokens"], two["tokens"], strict=True)):
         parts = next((place for place, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
@@ -199,8 +199,8 @@ def to_line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{head}failed: {row['error'][-400:]}"
     return (
-        f"{head}{row['same16']:2} of 16  {row['same']:3} of {row['of']}  gap {row['gap']:.3f}  apart {row['apart']:.4f}  "
-        f"nll {row['nll'][0]:.4f} {row['nll'][1]:.4f}  repeats {row['repeats']}"
+        f"{head}{row['same16']:2} of 16  {row['same']:3} of {row['of']}  gap {row['gap']:.3f}  "
+        f"apart {row['apart']:.4f}  nll {row['nll'][0]:.4f} {row['nll'][1]:.4f}  repeats {row['repeats']}"
     )
 
 

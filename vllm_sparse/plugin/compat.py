@@ -122,14 +122,14 @@ def _quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def quantize_now(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize ``x`` ``[m, k]`` to e4m3 or int8 inside an op, where there is nothing to fuse with.
+def quantizer_inside_an_op(dtype: torch.dtype) -> Quantizer:
+    """Return what ``activation_quantizer`` does, for use inside an op, where there is nothing to fuse with."""
+    return _quantize_int8 if dtype == torch.int8 else _quantize_fp8
 
-    Args:
-        scale: static scale ``[1]``, or None for one per token.
-    """
-    if dtype == torch.int8 or not x.is_cuda:
-        return _quantize_int8(x, scale) if dtype == torch.int8 else quantize_activations(x, dtype, scale)
+
+def _quantize_fp8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        return quantize_activations(x, torch.float8_e4m3fn, scale)
     from vllm._custom_ops import scaled_fp8_quant
 
     return scaled_fp8_quant(x, scale, use_per_token_if_dynamic=True)

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from vllm_sparse.kernels import KERNELS
 from vllm_sparse.kernels.base import define_op
-from vllm_sparse.kernels.reference import quantize_asymmetric
-from vllm_sparse.plugin.compat import quantize_now
+from vllm_sparse.plugin.compat import quantizer_inside_an_op
+from vllm_sparse.plugin.run import run_kernel
 from vllm_sparse.weight import LinearSpec
 
 # By vLLM's names; all take gate and up and return gate' * up.
@@ -38,13 +38,9 @@ class Projection:
         """Return ``x @ W[expert].T``; ``stacked`` are the packed tensors of all experts, in the order of ``names``."""
         kernel = next(kernel for kernel in KERNELS if kernel.name == self.kernel)
         packed = {name: tensor[expert] for name, tensor in zip(self.names, stacked, strict=True)}
-        scale, zero, activation = None, None, self.spec.scheme.activation
-        if activation is not None and not kernel.quantizes_input:
-            if self.spec.symmetric_input:
-                x, scale = quantize_now(x, activation, packed.get("input_scale"))
-            else:
-                x, scale, zero = quantize_asymmetric(x, packed.get("input_scale"), packed.get("input_zero"))
-        return kernel.apply(self.spec, packed, x, scale, None, zero)
+        activation = self.spec.scheme.activation
+        quantize = None if activation is None else quantizer_inside_an_op(activation)
+        return run_kernel(kernel, self.spec, packed, x, None, quantize)
 
 
 @dataclass(frozen=True)

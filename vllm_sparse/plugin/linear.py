@@ -19,11 +19,11 @@ from vllm_sparse.formats import Format, TensorSpec
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
 from vllm_sparse.kernels.base import Kernel
-from vllm_sparse.kernels.reference import quantize_asymmetric
 from vllm_sparse.plugin.compat import Quantizer, activation_quantizer, begin_online_loading, is_dummy_load
 from vllm_sparse.plugin.layer import layer_spec
 from vllm_sparse.plugin.made_up import quantize_at_load, random_weight
 from vllm_sparse.plugin.parameters import load_replicated, make_parameter, take_complete
+from vllm_sparse.plugin.run import run_kernel
 from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
@@ -98,13 +98,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Return ``x @ W.T + bias`` for ``x`` ``[..., k]``."""
         assert self.kernel is not None and self.spec is not None
         packed = {name: getattr(layer, attribute) for name, attribute in self._attributes.items()}
-        tokens, scale, zero = x.reshape(-1, x.shape[-1]).to(self.spec.dtype).contiguous(), None, None
-        if self._quantize is not None and not self.kernel.quantizes_input:
-            if self.spec.symmetric_input:
-                tokens, scale = self._quantize(tokens, packed.get("input_scale"))
-            else:  # the compiler makes one kernel of it
-                tokens, scale, zero = quantize_asymmetric(tokens, packed.get("input_scale"), packed.get("input_zero"))
-        out = self.kernel.apply(self.spec, packed, tokens, scale, bias, zero)
+        tokens = x.reshape(-1, x.shape[-1]).to(self.spec.dtype).contiguous()
+        out = run_kernel(self.kernel, self.spec, packed, tokens, bias, self._quantize)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     @property
