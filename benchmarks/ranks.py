@@ -158,10 +158,11 @@ def run(work: Path, case: tuple[str, str, str | None, str], ranks: int, index: i
     _, folder, quantization, dtype = case
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     out = work / f"{index}-{ranks}.json"
-    environment = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+    # The engine in this process: in one of its own it begins with the prompts that have come so far, and how many tokens
+    # are in a step decides how sums are split.
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:2] if ranks == 2 else [visible[index % 2]])
-    if ranks == 1:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, "-m", "benchmarks.ranks", str(work / folder), str(work / "prompts.json"), "-o", str(out)]
     command += ["--dtype", dtype, "--ranks", str(ranks), *(["--quantization", quantization] if quantization else [])]
     done = subprocess.run(
