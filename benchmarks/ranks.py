@@ -115,7 +115,7 @@ def generate(path: str, quantization: str | None, dtype: str, ranks: int, prompt
 
     llm = LLM(
         path, dtype=dtype, quantization=quantization, tensor_parallel_size=ranks, enforce_eager=True,
-        enable_prefix_caching=False, max_model_len=128, max_num_seqs=len(prompts), max_num_batched_tokens=8192,
+        enable_prefix_caching=False, max_model_len=128, max_num_seqs=len(prompts), max_num_batched_tokens=16384,
         gpu_memory_utilization=0.03, kv_cache_memory_bytes=1 << 28,
     )  # fmt: skip
     wanted = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=5, prompt_logprobs=0)
@@ -158,8 +158,8 @@ def run(work: Path, case: tuple[str, str, str | None, str], ranks: int, index: i
     _, folder, quantization, dtype = case
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     out = work / f"{index}-{ranks}.json"
-    # The engine in this process: in one of its own it begins with the prompts that have come so far, and how many tokens
-    # are in a step decides how sums are split.
+    # An engine in a process of its own begins with the prompts that have come so far, and how many tokens are in a step
+    # decides how sums are split.
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[:2] if ranks == 2 else [visible[index % 2]])
