@@ -110,6 +110,19 @@ def test_bitmask_of_another_dtype_than_the_model_runs_in(engine: Any, tmp_path: 
             assert float((logits.max(-1).values - chosen).max()) < 0.05  # fp16 activations, logits up to 8
 
 
+def test_checkpoint_that_vllm_refuses_for_its_config_alone(engine: Any, tmp_path: Path) -> None:
+    """One whose ``sparsity_config`` says "dense" (vLLM issue 51188): vLLM's own methods serve it, without a flag."""
+    stored = save_published(random_model(), tmp_path / "m", PUBLISHED["quantized-int8-tensor"])
+    file = stored.path / "config.json"
+    config = json.loads(file.read_text())
+    dense = {"format": "dense", "targets": ["Linear"], "sparsity_structure": "unstructured", "global_sparsity": 0.1}
+    config["quantization_config"]["sparsity_config"] = dense
+    file.write_text(json.dumps(config))
+    quantize_inputs(stored.reference, "int8", static=False)
+    row = ("pass-through", "int8", "vLLM's own method")
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path), row)
+
+
 def test_dense_checkpoint_with_a_layer_that_is_not_sparse(engine: Any, tmp_path: Path) -> None:
     model = random_model("qwen2")
     linear_layers(model)["model.layers.1.mlp.down_proj"].weight.data.normal_(std=0.08)
