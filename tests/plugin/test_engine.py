@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.formats.golden import CASES
@@ -29,6 +29,7 @@ from tests.plugin.models import (
     save_native,
     save_published,
 )
+from vllm_sparse.errors import FormatError
 from vllm_sparse.kernels import choose_kernel
 from vllm_sparse.kernels.reference import ReferenceKernel
 from vllm_sparse.scheme import SCHEMES
@@ -121,6 +122,23 @@ def test_checkpoint_that_vllm_refuses_for_its_config_alone(engine: Any, tmp_path
     quantize_inputs(stored.reference, "int8", static=False)
     row = ("pass-through", "int8", "vLLM's own method")
     assert_greedy(stored.reference, PROMPTS, engine(stored.path), row)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weight_positions", lambda tensor: tensor * 0, "qkv_proj: positions of a 2:4 group are out of order"),
+        ("weight_scale", lambda tensor: tensor * -1, "qkv_proj: a weight scale is zero, negative"),
+        ("weight_scale", lambda tensor: tensor.flatten(), r"qkv_proj: tensor weight_scale: expected shape \[128, 1\]"),
+    ],
+)
+def test_errors_name_the_layer_and_the_file(engine: Any, tmp_path: Path, name: str, change: Any, message: str) -> None:
+    file = save_native(random_model(), tmp_path / "m", "fp8").path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.layers.1.self_attn.q_proj.{name}"] = change(tensors[f"model.layers.1.self_attn.q_proj.{name}"])
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=f"^{file}: model.layers.1.self_attn.{message}"):
+        engine(file.parent)
 
 
 def test_dense_checkpoint_with_a_layer_that_is_not_sparse(engine: Any, tmp_path: Path) -> None:

@@ -49,6 +49,13 @@ def additional_config() -> Mapping[str, Any]:
     return given if isinstance(given, Mapping) else {}
 
 
+def model_name() -> str:
+    """Return the directory or id of the model, empty when there is no engine."""
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    return "" if model is None else str(model.model)
+
+
 def is_dummy_load() -> bool:
     """Return whether weights are made up (``--load-format dummy``) instead of read."""
     config = get_current_vllm_config_or_none()

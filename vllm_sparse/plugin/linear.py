@@ -19,9 +19,17 @@ from vllm_sparse.formats import Format, TensorSpec
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
 from vllm_sparse.kernels.base import Kernel
-from vllm_sparse.plugin.compat import Quantizer, activation_quantizer, begin_online_loading, is_dummy_load
+from vllm_sparse.plugin.compat import (
+    Quantizer,
+    activation_quantizer,
+    begin_online_loading,
+    is_dummy_load,
+    model_name,
+)
+from vllm_sparse.plugin.config import fused_names
 from vllm_sparse.plugin.layer import layer_spec
 from vllm_sparse.plugin.made_up import quantize_at_load, random_weight
+from vllm_sparse.plugin.origin import Origin
 from vllm_sparse.plugin.parameters import load_replicated, make_parameter, take_complete
 from vllm_sparse.plugin.run import run_kernel
 from vllm_sparse.scheme import SCHEMES, Scheme
@@ -55,6 +63,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.scheme = scheme
         self.format: Format = config.format
         self.dummy = is_dummy_load()
+        self.origin = Origin(model_name(), tuple(fused_names(module, config.packed_modules_mapping)))
         self.spec: LinearSpec | None = None
         self.kernel: Kernel | None = None
         self._attributes: dict[str, str] = {}  # name in the kernel -> name on the layer
@@ -78,6 +87,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         if getattr(type(layer), "weight_loader", None) is ReplicatedLinear.weight_loader:
             loader = load_replicated
+        loader = self.origin.naming(loader)
         # Metadata is dropped by the config's mapper: it would tell nothing new, and it comes once per fused part, which
         # makes the loader believe that the layer is complete too early.
         self._specs = tuple(spec for spec in self._tensors() if not spec.metadata)
@@ -91,7 +101,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Replace what was loaded by what the kernel wants; called again when weights are reloaded."""
         if getattr(layer, _DONE, False):
             return
-        self._process(layer)
+        with self.origin.named():
+            self._process(layer)
         setattr(layer, _DONE, True)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -149,7 +160,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             device = layer.get_parameter(self._specs[0].name).device
             dtype = self._storage_dtype()
             return random_weight(layer_spec(self.format, self.stored_as, sum(self.parts), self.k, dtype), device)
-        return self.format.to_weight(self.stored_as, self._loaded(layer), self.parts, self.full_k)
+        loaded = self._loaded(layer)
+        try:
+            return self.format.to_weight(self.stored_as, loaded, self.parts, self.full_k)
+        except FormatError as error:  # any of the parts may be wrong, not the first alone
+            raise type(error)(f"{self.module}{str(error).removeprefix(self.stored_as)}") from error
 
     def _loaded(self, layer: torch.nn.Module) -> dict[str, Tensor]:
         """Return the loaded tensors by name; raise FormatError naming one that is missing."""
