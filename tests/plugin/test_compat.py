@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -70,3 +71,24 @@ def test_fp8_activations_go_through_our_op_where_there_is_one(
         assert activation_quantizer(torch.float8_e4m3fn, static=False)(x, None) is ours
         static = activation_quantizer(torch.float8_e4m3fn, static=True)(x, torch.tensor([0.5]))
     assert static[1].tolist() == [0.5]
+
+
+@pytest.mark.parametrize(("version", "warnings"), [("0.26.0", 0), ("0.32.0+cpu", 0), ("9.9.9", 1)])
+def test_an_untested_version_is_named_once_and_tried(
+    monkeypatch: pytest.MonkeyPatch, version: str, warnings: int
+) -> None:
+    from vllm_sparse.plugin import compat
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    compat.logger.addHandler(handler)
+    try:
+        compat.warn_if_untested()
+        compat.warn_if_untested()
+    finally:
+        compat.logger.removeHandler(handler)
+    told = [record.getMessage() for record in records]
+    assert len(told) == warnings
+    assert all(text.startswith(f"sparse24: vLLM {version} was not tested (tested: 0.26.0, ") for text in told)
