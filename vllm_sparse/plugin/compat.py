@@ -20,7 +20,7 @@ Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # Only loggers below "vllm" print by default.
 logger = init_logger("vllm.vllm_sparse")
 
-TESTED_VERSIONS = ("0.26.0", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+TESTED_VERSIONS = ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 
 
 def vllm_version() -> str:
