@@ -39,15 +39,16 @@ $(VENV)/.cuda: $(VENV)/.built
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python setup.py -q build_ext --inplace
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.built requirements/dev.txt
+$(VENV)/.dev: $(VENV)/.built requirements/dev.txt requirements/oracle.txt
 	$(PIP) -r requirements/dev.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/oracle -r requirements/oracle.txt
 	touch $@
 
 demo: $(VENV)/.built
 	$(BIN)/python examples/demo.py --out $(DEMO_OUT) $(if $(MODEL),--model $(MODEL))
 
 test: lint $(VENV)/.cuda
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	VLLM_SPARSE_ORACLE=$(VENV)/oracle $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from vllm_sparse.errors import OptionError
 
@@ -72,3 +73,13 @@ def check_group_size(scheme: Scheme, group_size: int, k: int, layer: str) -> Non
         raise OptionError(f"{layer}: scheme {scheme.name} has per-channel scales, so group size must be -1")
     if k % group_size:
         raise OptionError(f"{layer}: group size {group_size} does not divide the {k} input features")
+
+
+def int8_range(lowest: Tensor, highest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the float32 scale and int32 zero point that spread ``lowest`` <= 0 … ``highest`` >= 0 over all int8 codes.
+
+    A value is (code - zero point) * scale, so that zero itself has a code; where both ends are zero the scale is 1.
+    """
+    scale = (highest - lowest) / 255
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale, (-128 - lowest / scale).round().to(torch.int32)

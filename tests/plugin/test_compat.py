@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -92,3 +93,24 @@ def test_silu_and_quantization_become_one_op_where_there_is_one(
         compile_config()[key] = mine = object()
         fuse_silu_and_quantization()
         assert compile_config()[key] is mine
+
+
+@pytest.mark.parametrize(("version", "warnings"), [("0.26.0", 0), ("0.32.0+cpu", 0), ("9.9.9", 1)])
+def test_an_untested_version_is_named_once_and_tried(
+    monkeypatch: pytest.MonkeyPatch, version: str, warnings: int
+) -> None:
+    from vllm_sparse.plugin import compat
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", records.append)
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    compat.logger.addHandler(handler)
+    try:
+        compat.warn_if_untested()
+        compat.warn_if_untested()
+    finally:
+        compat.logger.removeHandler(handler)
+    told = [record.getMessage() for record in records]
+    assert len(told) == warnings
+    assert all(text.startswith(f"sparse24: vLLM {version} was not tested (tested: 0.26.0, ") for text in told)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.formats.golden import CASES
@@ -29,6 +29,7 @@ from tests.plugin.models import (
     save_native,
     save_published,
 )
+from vllm_sparse.errors import FormatError
 from vllm_sparse.kernels import choose_kernel
 from vllm_sparse.kernels.reference import ReferenceKernel
 from vllm_sparse.scheme import SCHEMES
@@ -108,6 +109,36 @@ def test_bitmask_of_another_dtype_than_the_model_runs_in(engine: Any, tmp_path: 
             logits = stored.reference.float()(torch.tensor([prompt + one.tokens])).logits[0, len(prompt) - 1 : -1]
             chosen = logits.gather(-1, torch.tensor(one.tokens)[:, None])[:, 0]
             assert float((logits.max(-1).values - chosen).max()) < 0.05  # fp16 activations, logits up to 8
+
+
+def test_checkpoint_that_vllm_refuses_for_its_config_alone(engine: Any, tmp_path: Path) -> None:
+    """One whose ``sparsity_config`` says "dense" (vLLM issue 51188): vLLM's own methods serve it, without a flag."""
+    stored = save_published(random_model(), tmp_path / "m", PUBLISHED["quantized-int8-tensor"])
+    file = stored.path / "config.json"
+    config = json.loads(file.read_text())
+    dense = {"format": "dense", "targets": ["Linear"], "sparsity_structure": "unstructured", "global_sparsity": 0.1}
+    config["quantization_config"]["sparsity_config"] = dense
+    file.write_text(json.dumps(config))
+    quantize_inputs(stored.reference, "int8", static=False)
+    row = ("pass-through", "int8", "vLLM's own method")
+    assert_greedy(stored.reference, PROMPTS, engine(stored.path), row)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weight_positions", lambda tensor: tensor * 0, "qkv_proj: positions of a 2:4 group are out of order"),
+        ("weight_scale", lambda tensor: tensor * -1, "qkv_proj: a weight scale is zero, negative"),
+        ("weight_scale", lambda tensor: tensor.flatten(), r"qkv_proj: tensor weight_scale: expected shape \[128, 1\]"),
+    ],
+)
+def test_errors_name_the_layer_and_the_file(engine: Any, tmp_path: Path, name: str, change: Any, message: str) -> None:
+    file = save_native(random_model(), tmp_path / "m", "fp8").path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[f"model.layers.1.self_attn.q_proj.{name}"] = change(tensors[f"model.layers.1.self_attn.q_proj.{name}"])
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=f"^{file}: model.layers.1.self_attn.{message}"):
+        engine(file.parent)
 
 
 def test_dense_checkpoint_with_a_layer_that_is_not_sparse(engine: Any, tmp_path: Path) -> None:

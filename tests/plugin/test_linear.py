@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.plugin.conftest import VllmContext
 from tests.plugin.layers import SHARDS, format_of, load, new_config, random_dense, random_hub
 from vllm_sparse.errors import FormatError, NotSparseError, UnsupportedError
+from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import Sparse24Weight
 
 pytest.importorskip("vllm")
@@ -63,7 +64,7 @@ def dense_of(weights: list[Sparse24Weight]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", ["qkv_proj", "gate_up_proj"])
 def test_shards_of_output_features_hold_the_whole(vllm_context: VllmContext, kind: str, size: int, scheme: str) -> None:
     weights = part_weights(kind, scheme)
@@ -86,9 +87,11 @@ def packed_of(layer: Any) -> dict[str, Tensor]:
     return {name: getattr(layer, attribute) for name, attribute in layer.quant_method._attributes.items()}
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_shards_of_input_features_sum_to_the_whole(vllm_context: VllmContext, size: int, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [(name, size) for name in SCHEMES for size in (1, 2, 4, 8) if size < 8 or not get_scheme(name).grouped],
+)  # an eighth is less than a group of 128
+def test_shards_of_input_features_sum_to_the_whole(vllm_context: VllmContext, scheme: str, size: int) -> None:
     (weight,) = part_weights("down_proj", scheme)
     columns = []
     for rank in range(size):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.errors import FormatError
-from vllm_sparse.scheme import Scheme
+from vllm_sparse.scheme import Scheme, int8_range
 from vllm_sparse.weight import Sparse24Weight
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -224,6 +224,5 @@ def static_input(tensors: Mapping[str, Tensor], symmetric: bool) -> dict[str, Te
     zeros = tensors["input_zero_point"].to(torch.int32).flatten()
     if bool((scales == scales[0]).all() and (zeros == zeros[0]).all()):
         return {"input_scale": scales[:1], "input_zero": zeros[:1]}
-    lowest, highest = (scales * (-128 - zeros)).min(), (scales * (127 - zeros)).max()
-    scale = (highest - lowest) / 255
-    return {"input_scale": scale.reshape(1), "input_zero": (-128 - lowest / scale).round().to(torch.int32).reshape(1)}
+    scale, zero = int8_range((scales * (-128 - zeros)).min(), (scales * (127 - zeros)).max())
+    return {"input_scale": scale.reshape(1), "input_zero": zero.reshape(1)}

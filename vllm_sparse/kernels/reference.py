@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels.base import Kernel, define_op
-from vllm_sparse.scheme import get_scheme
+from vllm_sparse.scheme import get_scheme, int8_range
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 
@@ -48,9 +48,7 @@ def quantize_asymmetric(
     if static_scale is None or static_zero is None:
         bounded = wide if x.shape[1] else wide.new_zeros(x.shape[0], 1)
         lowest, highest = bounded.amin(-1, keepdim=True).clamp(max=0), bounded.amax(-1, keepdim=True).clamp(min=0)
-        scale = (highest - lowest) / 255
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        zero = (-128 - lowest / scale).round().to(torch.int32)
+        scale, zero = int8_range(lowest, highest)
     else:
         scale, zero = static_scale.float(), static_zero
     return ((wide / scale).round() + zero).clamp(-128, 127).to(torch.int8), scale, zero

@@ -20,7 +20,7 @@ Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 # Only loggers below "vllm" print by default.
 logger = init_logger("vllm.vllm_sparse")
 
-TESTED_VERSIONS = ("0.26.0", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
+TESTED_VERSIONS = ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 
 
 def vllm_version() -> str:
@@ -47,6 +47,13 @@ def additional_config() -> Mapping[str, Any]:
     config = get_current_vllm_config_or_none()
     given = None if config is None else config.additional_config
     return given if isinstance(given, Mapping) else {}
+
+
+def model_name() -> str:
+    """Return the directory or id of the model, empty when there is no engine."""
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    return "" if model is None else str(model.model)
 
 
 def is_dummy_load() -> bool:
@@ -140,14 +147,14 @@ def _quantize_int8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def quantize_now(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Quantize ``x`` ``[m, k]`` to e4m3 or int8 inside an op, where there is nothing to fuse with.
+def quantizer_inside_an_op(dtype: torch.dtype) -> Quantizer:
+    """Return what ``activation_quantizer`` does, for use inside an op, where there is nothing to fuse with."""
+    return _quantize_int8 if dtype == torch.int8 else _quantize_fp8
 
-    Args:
-        scale: static scale ``[1]``, or None for one per token.
-    """
-    if dtype == torch.int8 or not x.is_cuda:
-        return _quantize_int8(x, scale) if dtype == torch.int8 else quantize_activations(x, dtype, scale)
+
+def _quantize_fp8(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not x.is_cuda:
+        return quantize_activations(x, torch.float8_e4m3fn, scale)
     from vllm._custom_ops import scaled_fp8_quant
 
     return scaled_fp8_quant(x, scale, use_per_token_if_dynamic=True)

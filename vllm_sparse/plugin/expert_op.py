@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from vllm_sparse.kernels import KERNELS
 from vllm_sparse.kernels.base import define_op
-from vllm_sparse.kernels.reference import quantize_asymmetric
-from vllm_sparse.plugin.compat import quantize_now
+from vllm_sparse.plugin.compat import quantizer_inside_an_op
+from vllm_sparse.plugin.run import run_kernel
 from vllm_sparse.weight import LinearSpec
 
 # By vLLM's names; all take gate and up and return gate' * up.
@@ -38,13 +38,9 @@ class Projection:
         """Return ``x @ W[expert].T``; ``stacked`` are the packed tensors of all experts, in the order of ``names``."""
         kernel = next(kernel for kernel in KERNELS if kernel.name == self.kernel)
         packed = {name: tensor[expert] for name, tensor in zip(self.names, stacked, strict=True)}
-        scale, zero, activation = None, None, self.spec.scheme.activation
-        if activation is not None and not kernel.quantizes_input:
-            if self.spec.symmetric_input:
-                x, scale = quantize_now(x, activation, packed.get("input_scale"))
-            else:
-                x, scale, zero = quantize_asymmetric(x, packed.get("input_scale"), packed.get("input_zero"))
-        return kernel.apply(self.spec, packed, x, scale, None, zero)
+        activation = self.spec.scheme.activation
+        quantize = None if activation is None else quantizer_inside_an_op(activation)
+        return run_kernel(kernel, self.spec, packed, x, None, quantize)
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,8 @@ class Experts:
         return self.w2.apply(w2, expert, (ACTIVATIONS[self.activation](gate) * up).contiguous())
 
 
+# (expert, tokens [m, k], routing weights [m, 1]) to its float32 results times the weights.
+Weighted = Callable[[int, Tensor, Tensor], Tensor]
 _EXPERTS: dict[str, Experts] = {}  # an op takes tensors and strings alone
 
 
@@ -92,60 +90,39 @@ def _run(
         name: from ``register``.
     """
     experts = _EXPERTS[name]
-    count, tokens = w2[0].shape[0], x.to(experts.w13.spec.dtype)
+    tokens, count = x.to(experts.w13.spec.dtype), w2[0].shape[0]
+
+    def weighted(expert: int, tokens: Tensor, weight: Tensor) -> Tensor:
+        if experts.weight_on_input:
+            return experts.apply(w13, w2, expert, tokens * weight.to(tokens.dtype)).float()
+        return experts.apply(w13, w2, expert, tokens).float() * weight
+
     out = x.new_zeros(x.shape[0], experts.w2.spec.n, dtype=torch.float32)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        _run_all(experts, tokens, topk_weights, topk_ids, w13, w2, count, out)
-    else:
-        _run_chosen(experts, tokens, topk_weights, topk_ids, w13, w2, count, out)
+    run = _run_all if x.is_cuda and torch.cuda.is_current_stream_capturing() else _run_chosen
+    run(weighted, count, tokens, topk_weights.float(), topk_ids, out)
     return out.to(x.dtype)
 
 
-def _run_chosen(
-    experts: Experts,
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    w13: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    count: int,
-    out: Tensor,
-) -> None:
+def _run_chosen(weighted: Weighted, count: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor) -> None:
     """Run each expert on the tokens sent to it alone. Waits for the device, which has to say which those are."""
     ids, order = topk_ids.flatten().long().sort()
     first, sizes = int((ids < 0).sum()), torch.bincount(ids.clamp(min=0), minlength=count).tolist()
     sizes[0] -= first
-    weights = topk_weights.flatten().float()
     for expert, size in enumerate(sizes):
         chosen, first = order[first : first + size], first + size
         if size == 0:
             continue
         rows = chosen // topk_ids.shape[1]
-        weight = weights[chosen].unsqueeze(1)
-        tokens = x[rows] * weight.to(x.dtype) if experts.weight_on_input else x[rows]
-        result = experts.apply(w13, w2, expert, tokens).float()
-        out.index_add_(0, rows, result if experts.weight_on_input else result * weight)
+        out.index_add_(0, rows, weighted(expert, x[rows], topk_weights.flatten()[chosen].unsqueeze(1)))
 
 
-def _run_all(
-    experts: Experts,
-    x: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    w13: Sequence[Tensor],
-    w2: Sequence[Tensor],
-    count: int,
-    out: Tensor,
-) -> None:
+def _run_all(weighted: Weighted, count: int, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, out: Tensor) -> None:
     """Run every expert on every token: in a CUDA graph the same kernels run wherever tokens are sent."""
     ids = torch.where(topk_ids < 0, count, topk_ids).long()
-    weights = x.new_zeros(x.shape[0], count + 1, dtype=torch.float32).scatter_add_(1, ids, topk_weights.float())
+    weights = x.new_zeros(x.shape[0], count + 1, dtype=torch.float32).scatter_add_(1, ids, topk_weights)
     for expert in range(count):
         weight = weights[:, expert : expert + 1]
-        tokens = x * weight.to(x.dtype) if experts.weight_on_input else x
-        result = experts.apply(w13, w2, expert, tokens).float()
-        result = result if experts.weight_on_input else result * weight
-        out += torch.where(weight != 0, result, 0)  # what an expert makes of other tokens may overflow
+        out += torch.where(weight != 0, weighted(expert, x, weight), 0)  # other tokens' results may overflow
 
 
 def _fake(

@@ -15,11 +15,12 @@ from vllm_sparse.errors import FormatError, NotSparseError, UnsupportedError
 from vllm_sparse.formats import Format
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
-from vllm_sparse.plugin.compat import begin_online_loading, cpu_routing, is_dummy_load
+from vllm_sparse.plugin.compat import begin_online_loading, cpu_routing, is_dummy_load, model_name
 from vllm_sparse.plugin.expert_loading import PARTS, ExpertTensor
 from vllm_sparse.plugin.expert_op import ACTIVATIONS, Experts, Projection, register
 from vllm_sparse.plugin.layer import layer_spec
 from vllm_sparse.plugin.made_up import quantize_at_load, random_weight
+from vllm_sparse.plugin.origin import Origin
 from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import Sparse24Weight
 
@@ -75,6 +76,7 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         self.scheme = (config.load_scheme or scheme) if self.detect else scheme
         self.uses_meta_device = self.detect
         self.dummy = is_dummy_load()
+        self.origin = Origin(model_name(), (module,))
         # Named as the checkpoint's config does: the first part of each projection.
         self.names = {"w13": layer.ckpt_gate_proj_name, "w2": layer.ckpt_down_proj_name}
         # Made now, as vLLM's config is not known while weights are loaded.
@@ -110,7 +112,9 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
             return
         self.tensors = tensors
         for tensor in (tensor for stacked in tensors.values() for tensor in stacked):
-            layer.register_parameter(tensor.attribute, tensor.parameter("meta" if self.detect else None))
+            parameter = tensor.parameter("meta" if self.detect else None)
+            parameter.weight_loader = self.origin.naming(tensor.load)  # type: ignore[attr-defined]
+            layer.register_parameter(tensor.attribute, parameter)
         self.config.report.expect(len(self.shapes))
         self._attributes = extra_weight_attrs
         if self.detect:
@@ -121,7 +125,8 @@ class Sparse24MoEMethod(FusedMoEMethodBase):
         if getattr(layer, _DONE, False):
             return
         try:
-            weights = {name: self._weights(layer, name) for name in self.shapes}
+            with self.origin.named():
+                weights = {name: self._weights(layer, name) for name in self.shapes}
             self._install(layer, {name: self._pack(layer, name, made) for name, made in weights.items()})
         except (NotSparseError, UnsupportedError) as error:
             # Experts that ran 2:4 before their weights were reloaded have no place for dense ones.

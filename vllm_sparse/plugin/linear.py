@@ -19,11 +19,19 @@ from vllm_sparse.formats import Format, TensorSpec
 from vllm_sparse.formats.dense import DenseFormat
 from vllm_sparse.kernels import choose_kernel, reasons_against
 from vllm_sparse.kernels.base import Kernel
-from vllm_sparse.kernels.reference import quantize_asymmetric
-from vllm_sparse.plugin.compat import Quantizer, activation_quantizer, begin_online_loading, is_dummy_load
+from vllm_sparse.plugin.compat import (
+    Quantizer,
+    activation_quantizer,
+    begin_online_loading,
+    is_dummy_load,
+    model_name,
+)
+from vllm_sparse.plugin.config import fused_names
 from vllm_sparse.plugin.layer import layer_spec
 from vllm_sparse.plugin.made_up import quantize_at_load, random_weight
+from vllm_sparse.plugin.origin import Origin
 from vllm_sparse.plugin.parameters import load_replicated, make_parameter, take_complete
+from vllm_sparse.plugin.run import run_kernel
 from vllm_sparse.scheme import SCHEMES, Scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
@@ -55,6 +63,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         self.scheme = scheme
         self.format: Format = config.format
         self.dummy = is_dummy_load()
+        self.origin = Origin(model_name(), tuple(fused_names(module, config.packed_modules_mapping)))
         self.spec: LinearSpec | None = None
         self.kernel: Kernel | None = None
         self._attributes: dict[str, str] = {}  # name in the kernel -> name on the layer
@@ -78,6 +87,7 @@ class Sparse24LinearMethod(LinearMethodBase):
         loader = extra_weight_attrs["weight_loader"]
         if getattr(type(layer), "weight_loader", None) is ReplicatedLinear.weight_loader:
             loader = load_replicated
+        loader = self.origin.naming(loader)
         # Metadata is dropped by the config's mapper: it would tell nothing new, and it comes once per fused part, which
         # makes the loader believe that the layer is complete too early.
         self._specs = tuple(spec for spec in self._tensors() if not spec.metadata)
@@ -91,20 +101,16 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Replace what was loaded by what the kernel wants; called again when weights are reloaded."""
         if getattr(layer, _DONE, False):
             return
-        self._process(layer)
+        with self.origin.named():
+            self._process(layer)
         setattr(layer, _DONE, True)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return ``x @ W.T + bias`` for ``x`` ``[..., k]``."""
         assert self.kernel is not None and self.spec is not None
         packed = {name: getattr(layer, attribute) for name, attribute in self._attributes.items()}
-        tokens, scale, zero = x.reshape(-1, x.shape[-1]).to(self.spec.dtype).contiguous(), None, None
-        if self._quantize is not None and not self.kernel.quantizes_input:
-            if self.spec.symmetric_input:
-                tokens, scale = self._quantize(tokens, packed.get("input_scale"))
-            else:  # the compiler makes one kernel of it
-                tokens, scale, zero = quantize_asymmetric(tokens, packed.get("input_scale"), packed.get("input_zero"))
-        out = self.kernel.apply(self.spec, packed, tokens, scale, bias, zero)
+        tokens = x.reshape(-1, x.shape[-1]).to(self.spec.dtype).contiguous()
+        out = run_kernel(self.kernel, self.spec, packed, tokens, bias, self._quantize)
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     @property
@@ -154,7 +160,11 @@ class Sparse24LinearMethod(LinearMethodBase):
             device = layer.get_parameter(self._specs[0].name).device
             dtype = self._storage_dtype()
             return random_weight(layer_spec(self.format, self.stored_as, sum(self.parts), self.k, dtype), device)
-        return self.format.to_weight(self.stored_as, self._loaded(layer), self.parts, self.full_k)
+        loaded = self._loaded(layer)
+        try:
+            return self.format.to_weight(self.stored_as, loaded, self.parts, self.full_k)
+        except FormatError as error:  # any of the parts may be wrong, not the first alone
+            raise type(error)(f"{self.module}{str(error).removeprefix(self.stored_as)}") from error
 
     def _loaded(self, layer: torch.nn.Module) -> dict[str, Tensor]:
         """Return the loaded tensors by name; raise FormatError naming one that is missing."""
