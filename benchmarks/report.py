@@ -33,6 +33,8 @@ END = "<!-- end of performance -->"
 OURS = "vllm-sparse"
 SPARSE = (OURS, "vllm-sparse-mma", "cusparselt")
 LAYERS = ("qkv", "o", "gate_up", "down")
+MOST_COLUMNS = 16
+RANGES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 512), (513, 1024), (1025, 4096))
 
 
 def _described(data: dict[str, Any], file: Path) -> str:
@@ -52,6 +54,9 @@ def linear(data: dict[str, Any], file: Path) -> list[str]:
         times[row["model"]][row["kernel"], row["scheme"], row["m"]][row["layer"]] = row["us"]
     parts = []
     for model, found in times.items():
+        if len({m for _, _, m in found}) > MOST_COLUMNS:
+            parts += _sweep(model, found, _described(data, file))
+            continue
         sums = {key: sum(layers.values()) for key, layers in found.items() if set(layers) >= set(LAYERS)}
         ours = sorted({scheme for kernel, scheme, _ in sums if kernel == OURS})
         tokens = sorted({m for kernel, _, m in sums if kernel == OURS})
@@ -71,6 +76,26 @@ def linear(data: dict[str, Any], file: Path) -> list[str]:
         parts += [head, "", table(["tokens", *map(str, tokens)], rows), ""]
     plots = [file.with_suffix(".svg"), *sorted(file.parent.glob(f"{file.stem}-*.svg"))]
     return parts + [f"![{plot.stem}]({plot.relative_to(ROOT)})\n" for plot in plots if plot.exists()]
+
+
+def _sweep(model: str, times: dict[tuple[str, str, int], dict[str, float]], described: str) -> list[str]:
+    """Return a table of many numbers of tokens: the layer that gains least over the fastest dense kernel."""
+    schemes = sorted({scheme for kernel, scheme, _ in times if kernel == OURS})
+    rows = []
+    for scheme in schemes:
+        cells = []
+        for low, high in RANGES:
+            gains = []
+            for m in sorted({m for kernel, of, m in times if (kernel, of) == (OURS, scheme) and low <= m <= high}):
+                for layer, us in times[OURS, scheme, m].items():
+                    kinds = [kind for kind in times if kind[0] not in SPARSE and kind[1:] == (scheme, m)]
+                    dense = min((times[kind][layer] for kind in kinds if layer in times[kind]), default=None)
+                    gains += [(dense / us, f"{layer}, {m}")] if dense else []
+            cells.append("{:.2f}x ({})".format(*min(gains)) if gains else "–")
+        rows.append([scheme, *cells])
+    count = len({m for _, _, m in times})
+    head = f"**{model}**, {count} numbers of tokens: the layer that gains least over the fastest dense kernel"
+    return [f"{head}; {described}", "", table(["tokens", *(f"{low} … {high}" for low, high in RANGES)], rows), ""]
 
 
 def _named(kernel: str, scheme: str) -> str:

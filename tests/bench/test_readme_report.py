@@ -30,6 +30,18 @@ def test_linear_results_become_sums_and_a_ratio_to_the_best_dense(tmp_path, monk
     assert "torch-fp8" not in text
 
 
+def test_many_numbers_of_tokens_become_the_least_gain_of_each_range(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    row = {"scheme": "fp8", "model": "Llama", "n": 1, "k": 1, "layer": "o"}
+    rows = [row | {"kernel": "vllm-sparse", "m": m, "us": 10.0} for m in range(1, 20)]
+    rows += [row | {"kernel": "vllm-fp8", "m": m, "us": 15.0 + m % 7} for m in range(1, 20)]
+    rows += [row | {"kernel": "cusparselt", "m": m, "us": 1.0} for m in range(1, 20)]
+    write(tmp_path / "h200", "linear-sweep.json", {"rows": rows})
+    text = report.section(tmp_path)
+    assert "**Llama**, 19 numbers of tokens" in text
+    assert "| fp8 | 1.50x (o, 14) | 1.80x (o, 17) | – |" in text
+
+
 def test_accuracy_results_become_means_over_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     rows = [{"method": "ours-w4a16", "draw": i, "nll": 2 + i, "valid_24": True, "seconds": 60} for i in range(3)]
