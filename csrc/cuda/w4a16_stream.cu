@@ -285,7 +285,7 @@ __device__ __forceinline__ void init(const StreamParams& p, uint32_t barriers, u
         for (int stage = 0; stage < (ring == 0 ? p.weight_stages : p.token_stages); ++stage) {
             const uint32_t full = barriers + 16 * kMostStages * ring + 8 * stage;
             ptx::barrier_init(full, 1);
-            ptx::barrier_init(full + 8 * kMostStages, kWarps);
+            ptx::barrier_init(full + 8 * kMostStages, 32 * kWarps);  // every lane for itself
         }
     }
     ptx::barrier_init(arrived, 1);
@@ -332,14 +332,14 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
     asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
     const int row_group = warp % C::kRowGroups, way = warp / C::kRowGroups;
     const Tokens<C> tokens(p.rows, way);
+    const int first = first_block<C>(place_of<C>(p, blockIdx.x / p.slices), row_group);
+    const char* weights = shared + p.weights + (way * p.height + first) * C::kBlock;
     const int repeat_bytes = C::kWays * p.height * C::kBlock;
     for (int tile = blockIdx.x / p.slices; tile < p.tiles; tile += gridDim.x / p.slices) {
         const Place place = place_of<C>(p, tile);
         const int steps =
             row_group * C::kI < place.blocks ? (p.steps - way + C::kWays - 1) / C::kWays : 0;  // this warp's
         const int whole = steps / C::kRepeat;  // chunks of which it has all of its steps
-        const int first = first_block<C>(place, row_group);
-        const char* weights = shared + p.weights + (way * p.height + first) * C::kBlock;
         float acc[C::kI][C::kJ][4] = {};
         for (int chunk = share.begin; chunk < share.end; ++chunk) {
             ptx::barrier_wait(weight_ring.is_full(), weight_ring.parity);
@@ -354,9 +354,8 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
             } else if (C::kRepeat == 2 && chunk * C::kRepeat < steps) {
                 multiply_step<T, C>(acc, from, stage, tokens, 0);
             }
-            __syncwarp();
-            if (lane == 0) ptx::barrier_arrive(weight_ring.is_empty());
-            if (lane == 1) ptx::barrier_arrive(token_ring.is_empty());
+            ptx::barrier_arrive(weight_ring.is_empty());
+            ptx::barrier_arrive(token_ring.is_empty());
             weight_ring.next(), token_ring.next();
         }
         if constexpr (C::kWhole) {
