@@ -34,7 +34,7 @@ struct Config {
 };
 
 struct StreamParams : Params {
-    int height;   // row blocks that a stage has room for: those of the tallest tile
+    int height;   // row blocks that a step has room for: those of the tallest tile, and a whole number of warps'
     int part;     // row blocks whose sums one block of a cluster adds up
     int rows;     // tokens that are copied: zeros cost the copy engine more than tokens
     bool planes;  // one copy fetches the tokens of a stage
@@ -157,14 +157,6 @@ __device__ __forceinline__ Place place_of(const StreamParams& p, int tile) {
     return {block, min(all, share_begin(tile + 1, p) * C::kUnit) - block, 0};
 }
 
-// The first of a warp's kI row blocks in a tile. Where the tile ends before the last of them, they are the tile's last
-// kI, some of which are another warp's too: the loop reads kI blocks without asking, and what lies beyond the tile may
-// be another step's, another stage's or a sum. A whole panel's room in every stage makes that needless.
-template <typename C>
-__device__ __forceinline__ int first_block(const Place& place, int row_group) {
-    return C::kWhole ? row_group * C::kI : min(row_group * C::kI, max(0, place.blocks - C::kI));
-}
-
 // A place in a ring of stages, and the barriers that say that a stage is full or empty.
 struct Ring {
     uint32_t full;
@@ -241,15 +233,14 @@ __device__ __forceinline__ void copy_tokens(const StreamParams& p, const CUtenso
 // columns, and store it. `arrived` counts the bytes of the other block.
 template <typename T, typename C>
 __device__ __forceinline__ void add_up(const StreamParams& p, const float (&acc)[C::kI][C::kJ][4], char* shared,
-                                       uint32_t arrived, const Place& place, int rank, int row_group, int first,
-                                       int way) {
+                                       uint32_t arrived, const Place& place, int rank, int row_group, int way) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float4* sums = reinterpret_cast<float4*>(shared + p.sums) + lane;
     float4* mine = sums + (rank * C::kWays + way) * p.part * C::kJ * 32;
 #pragma unroll
     for (int i = 0; i < C::kI; ++i) {
-        const int block = first + i;
-        if (block < row_group * C::kI || block >= place.blocks) continue;  // another warp's, or nobody's
+        const int block = row_group * C::kI + i;
+        if (block >= place.blocks) continue;
         const int owner = block >= p.part;
 #pragma unroll
         for (int j = 0; j < C::kJ; ++j) {
@@ -332,8 +323,7 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
     asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
     const int row_group = warp % C::kRowGroups, way = warp / C::kRowGroups;
     const Tokens<C> tokens(p.rows, way);
-    const int first = first_block<C>(place_of<C>(p, blockIdx.x / p.slices), row_group);
-    const char* weights = shared + p.weights + (way * p.height + first) * C::kBlock;
+    const char* weights = shared + p.weights + (way * p.height + row_group * C::kI) * C::kBlock;
     const int repeat_bytes = C::kWays * p.height * C::kBlock;
     for (int tile = blockIdx.x / p.slices; tile < p.tiles; tile += gridDim.x / p.slices) {
         const Place place = place_of<C>(p, tile);
@@ -359,9 +349,9 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
             weight_ring.next(), token_ring.next();
         }
         if constexpr (C::kWhole) {
-            store_tile<T>(p, acc, place, Rows{first, 1});
+            store_tile<T>(p, acc, place, Rows{row_group * C::kI, 1});
         } else {
-            add_up<T, C>(p, acc, shared, arrived, place, rank, row_group, first, way);
+            add_up<T, C>(p, acc, shared, arrived, place, rank, row_group, way);
         }
     }
 }
@@ -422,12 +412,14 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, int slic
     divide(p, units, p.tiles);
     p.height = (p.share + (p.longer > 0)) * C::kUnit;
     p.part = (p.height + slices - 1) / slices;
-    if (p.height < C::kI) p.height = C::kI;  // a warp reads so many row blocks, see first_block
+    // The loop reads kI row blocks without asking. Those that a tile lacks are room that nobody writes, not another
+    // step, another stage or the sums; what comes of them is dropped.
+    p.height = (p.height + C::kI - 1) / C::kI * C::kI;
     p.rows = C::kJ == 1 ? problem.m : 16;
     p.planes = problem.k % 64 == 0;
     p.token_bytes = (256 * C::kSteps * p.rows + 1023) / 1024 * 1024;
     p.weight_bytes = C::kSteps * p.height * C::kBlock;
-    const int sum_bytes = C::kWhole ? C::kI * C::kBlock : slices * C::kWays * p.part * C::kJ * 512;
+    const int sum_bytes = C::kWhole ? 0 : slices * C::kWays * p.part * C::kJ * 512;
     const int chunks = (p.steps + C::kSteps * slices - 1) / (C::kSteps * slices);
     // Weights are asked for long before they are needed, tokens only when the previous kernel has ended: all weights,
     // if they fit, else half of the memory for either.
