@@ -20,8 +20,6 @@ struct Config {
     // 96 KiB leave room for the next kernel's block beside this one, and fit the smallest shared memory (99 KiB).
     static constexpr int kFit = 96 * 1024 / (kTokenBytes + kWeightBytes);
     static constexpr int kStages = kFit < 12 ? kFit : 12;
-    // The most sums fill the registers of one block; else ptxas would spill to make room for two. 0: as ptxas likes.
-    static constexpr int kLeastBlocks = kI * kJ == 16 ? 1 : 0;
     using Memory = Shared<kTokenBytes, kWeightBytes, kStages>;
     using Work = StreamK<kBlocks, kTokens>;
     static_assert(kStages >= 2);
@@ -50,8 +48,14 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr int kUnitsPerGroup = C::kGroups == 0 ? kUnits : kUnits / C::kGroups;
     const uint32_t token_row = tokens + lane % 8 * 128;
-    uint2 codes[C::kI];  // of two units, as the positions: all four at once cost registers
-    uint32_t positions[C::kI];
+    uint4 codes[C::kI];
+    uint2 positions[C::kI];
+#pragma unroll
+    for (int i = 0; i < C::kI; ++i) {
+        const char* block = weights + (warp * C::kI + i) * kBlockBytes<C::kGroups>;
+        codes[i] = reinterpret_cast<const uint4*>(block)[lane];
+        positions[i] = reinterpret_cast<const uint2*>(block + kCodeBytes)[lane];
+    }
 #pragma unroll
     for (int group = 0; group < kUnits / kUnitsPerGroup; ++group) {
         float part[C::kI][C::kJ][4] = {};
@@ -67,20 +71,17 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
             }
 #pragma unroll
             for (int i = 0; i < C::kI; ++i) {
-                if (unit % 2 == 0) {
-                    const char* block = weights + (warp * C::kI + i) * kBlockBytes<C::kGroups>;
-                    codes[i] = reinterpret_cast<const uint2*>(block)[2 * lane + unit / 2];
-                    positions[i] = reinterpret_cast<const uint32_t*>(block + kCodeBytes)[2 * lane + unit / 2];
-                }
+                const uint32_t words[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
+                const uint32_t position = unit < 2 ? positions[i].x : positions[i].y;
                 uint32_t a[4];
-                decode(unit % 2 == 0 ? codes[i].x : codes[i].y, a, T());
+                decode(words[unit], a, T());
 #pragma unroll
                 for (int j = 0; j < C::kJ; ++j) {
                     float (&d)[4] = C::kGroups == 0 ? acc[i][j] : part[i][j];
                     if (unit % 2 == 0) {
-                        mma<T, 0>(d, a, b[j], positions[i]);
+                        mma<T, 0>(d, a, b[j], position);
                     } else {
-                        mma<T, 1>(d, a, b[j], positions[i]);
+                        mma<T, 1>(d, a, b[j], position);
                     }
                 }
             }
@@ -129,9 +130,20 @@ __device__ __forceinline__ void consume(const Params& p, char* shared, Ready rea
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Blocks for which a multiprocessor's registers must suffice, 0: as ptxas likes, which then spills a few bytes of some
+// functions to make room for one more. 12.x has shared memory for one block, 10.0 for two.
+template <typename C>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kLeastBlocks = 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLeastBlocks = C::kI * C::kJ <= 4 ? 2 : 0;
+#else
+constexpr int kLeastBlocks = C::kI * C::kJ == 4 && C::kGroups == 2 ? 1 : 0;
+#endif
+
 template <typename T, typename C>
 __global__ __launch_bounds__(C::kThreads + 32 * kProducers,
-                             C::kLeastBlocks) void w4a16_mma_kernel(const __grid_constant__ Params p,
+                             kLeastBlocks<C>) void w4a16_mma_kernel(const __grid_constant__ Params p,
                                                                     const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);
