@@ -79,8 +79,8 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
 __device__ __forceinline__ void copy_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier,
                                           uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(destination),
+        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            destination),
         "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
 }
