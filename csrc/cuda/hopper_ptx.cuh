@@ -79,8 +79,8 @@ __device__ __forceinline__ uint64_t policy_evict_last() {
 __device__ __forceinline__ void copy_bulk(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier,
                                           uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(destination),
+        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            destination),
         "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
         : "memory");
 }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void copy_bulk(uint32_t destination, const void* sour
 __device__ __forceinline__ void copy_tile(uint32_t destination, const CUtensorMap* map, int column, int row, int plane,
                                           uint32_t barrier, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        "cp.async.bulk.tensor.3d.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(destination),
         "l"(map), "r"(column), "r"(row), "r"(plane), "r"(barrier), "l"(policy)
         : "memory");

@@ -241,7 +241,7 @@ struct Shared {
 __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map, int column, int token,
                                             uint32_t barrier, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+        "cp.async.bulk.tensor.2d.shared::cta.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
         "{%2, %3}], "
         "[%4], %5;" ::"r"(to),
         "l"(map), "r"(column), "r"(token), "r"(barrier), "l"(policy)

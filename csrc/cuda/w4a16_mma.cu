@@ -130,9 +130,20 @@ __device__ __forceinline__ void consume(const Params& p, char* shared, Ready rea
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Blocks for which a multiprocessor's registers must suffice, 0: as ptxas likes, which then spills a few bytes of some
+// functions to make room for one more. 12.x has shared memory for one block, 10.0 for two.
+template <typename C>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kLeastBlocks = 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLeastBlocks = C::kI * C::kJ <= 4 ? 2 : 0;
+#else
+constexpr int kLeastBlocks = C::kI * C::kJ == 4 && C::kGroups == 2 ? 1 : 0;
+#endif
+
 template <typename T, typename C>
-__global__ __launch_bounds__(C::kThreads +
-                             32 * kProducers) void w4a16_mma_kernel(const __grid_constant__ Params p,
+__global__ __launch_bounds__(C::kThreads + 32 * kProducers,
+                             kLeastBlocks<C>) void w4a16_mma_kernel(const __grid_constant__ Params p,
                                                                     const __grid_constant__ CUtensorMap token_map) {
     extern __shared__ char unaligned[];
     char* shared = align_shared(unaligned);

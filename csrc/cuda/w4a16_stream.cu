@@ -34,7 +34,7 @@ struct Config {
 };
 
 struct StreamParams : Params {
-    int height;   // row blocks of the tallest tile
+    int height;   // row blocks that a step has room for: those of the tallest tile, and a whole number of warps'
     int part;     // row blocks whose sums one block of a cluster adds up
     int rows;     // tokens that are copied: zeros cost the copy engine more than tokens
     bool planes;  // one copy fetches the tokens of a stage
@@ -276,7 +276,7 @@ __device__ __forceinline__ void init(const StreamParams& p, uint32_t barriers, u
         for (int stage = 0; stage < (ring == 0 ? p.weight_stages : p.token_stages); ++stage) {
             const uint32_t full = barriers + 16 * kMostStages * ring + 8 * stage;
             ptx::barrier_init(full, 1);
-            ptx::barrier_init(full + 8 * kMostStages, kWarps);
+            ptx::barrier_init(full + 8 * kMostStages, 32 * kWarps);  // every lane for itself
         }
     }
     ptx::barrier_init(arrived, 1);
@@ -344,9 +344,8 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
             } else if (C::kRepeat == 2 && chunk * C::kRepeat < steps) {
                 multiply_step<T, C>(acc, from, stage, tokens, 0);
             }
-            __syncwarp();
-            if (lane == 0) ptx::barrier_arrive(weight_ring.is_empty());
-            if (lane == 1) ptx::barrier_arrive(token_ring.is_empty());
+            ptx::barrier_arrive(weight_ring.is_empty());
+            ptx::barrier_arrive(token_ring.is_empty());
             weight_ring.next(), token_ring.next();
         }
         if constexpr (C::kWhole) {
@@ -413,11 +412,14 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, int slic
     divide(p, units, p.tiles);
     p.height = (p.share + (p.longer > 0)) * C::kUnit;
     p.part = (p.height + slices - 1) / slices;
+    // The loop reads kI row blocks without asking. Those that a tile lacks are room that nobody writes, not another
+    // step, another stage or the sums; what comes of them is dropped.
+    p.height = (p.height + C::kI - 1) / C::kI * C::kI;
     p.rows = C::kJ == 1 ? problem.m : 16;
     p.planes = problem.k % 64 == 0;
     p.token_bytes = (256 * C::kSteps * p.rows + 1023) / 1024 * 1024;
     p.weight_bytes = C::kSteps * p.height * C::kBlock;
-    const int sum_bytes = C::kWhole ? C::kI * C::kBlock : slices * C::kWays * p.part * C::kJ * 512;
+    const int sum_bytes = C::kWhole ? 0 : slices * C::kWays * p.part * C::kJ * 512;
     const int chunks = (p.steps + C::kSteps * slices - 1) / (C::kSteps * slices);
     // Weights are asked for long before they are needed, tokens only when the previous kernel has ended: all weights,
     // if they fit, else half of the memory for either.

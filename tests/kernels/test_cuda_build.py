@@ -67,8 +67,8 @@ def test_sparse_instructions_are_native_and_nothing_spills(architecture: str) ->
 
 
 def test_no_function_spills_registers() -> None:
-    """Spilled registers show as stack. w4a16_mma has 8 or 16 bytes of it: all on 12.0, three on 9.0 and 10.0."""
-    architecture, function, architectures, with_stack = "", "", set(), set()
+    """Spilled registers show as stack."""
+    architecture, function, architectures, with_stack = "", "", set(), []
     for line in dump("--dump-resource-usage").splitlines():
         if found := re.match(r"arch = (sm_\w+)", line):
             architecture = found[1]
@@ -76,7 +76,6 @@ def test_no_function_spills_registers() -> None:
         if found := re.search(r"Function (\S+):", line):
             function = found[1]
         if (found := re.search(r"STACK:(\d+)", line)) and int(found[1]) > 0:
-            assert int(found[1]) <= 16
-            with_stack.add((architecture, "w4a16_mma_kernel" in function))
+            with_stack.append((architecture, function, int(found[1])))
     assert architectures == {*PORTABLE, HOPPER}
-    assert with_stack <= {(architecture, True) for architecture in ("sm_90", "sm_100", "sm_120")}
+    assert with_stack == []

@@ -262,6 +262,18 @@ def test_row_tiles_of_every_height(n: int) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("n", [1056, 3168, 5280, 10560, 14784, 28672])
+def test_uneven_row_tiles_while_stages_come_round(n: int) -> None:
+    torch.manual_seed(10)
+    layer = Layer(random_weight(n, 4096, 128, torch.bfloat16), torch.bfloat16)  # one, three, five, seven row blocks
+    for m in (1, 8, 9, 16):
+        x = torch.randn(m, 4096, device="cuda").bfloat16()
+        layer.check(x)
+        y = layer.run(x)
+        assert all(torch.equal(layer.run(x), y) for _ in range(20))
+
+
+@gpu
 def test_strided_tokens_no_tokens_and_nan() -> None:
     torch.manual_seed(7)
     layer = Layer(random_weight(64, 160, 32, torch.bfloat16), torch.bfloat16)
