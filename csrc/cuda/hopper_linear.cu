@@ -172,6 +172,8 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
     for (int i = 0; i < t.count; ++i) {
         const Configuration& c = t.rows[i];
         if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
+        // Clusters that share the tokens' loads as well are faster there; these rows' costs are those of one tile.
+        if (m > kOneTile && c.split > 1) continue;
         const Rounds rounds = plan_rounds(c, m, n, count_clusters(multiprocessors, blocks_per_cluster(c)));
         if (c.shares && (rounds.shared_tiles == 0 || m <= kNearSplit)) continue;
         const float columns = ceil_div(bricks, c.split);
