@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from vllm_sparse.compress.calibrate import BlockHessians, Group
-from vllm_sparse.compress.calibration import fingerprint, load_calibration
+from vllm_sparse.compress.calibration import load_calibration
 from vllm_sparse.compress.generate import generate
 from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
@@ -26,6 +26,7 @@ from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
 from vllm_sparse.compress.sensitivity import choose_dense
+from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.compress.smooth import smooth
 from vllm_sparse.compress.staged import StagedBlock, find_leaders
 from vllm_sparse.compress.world import Silent, World
@@ -71,9 +72,9 @@ class Job:
         self.output = make_output(recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense)
 
     @torch.no_grad()
-    def keep_dense(self, tokens: Tensor | None) -> None:
+    def keep_dense(self, sequences: Sequences | None) -> None:
         """Take those layers out that the recipe's rule keeps dense, as the dense model's own inputs show."""
-        if not self.recipe.keep_dense or tokens is None:
+        if not self.recipe.keep_dense or sequences is None:
             return
         linears = self._model.all_linears()
 
@@ -83,7 +84,7 @@ class Job:
 
         with self.phases("keep dense"):
             model = BlockModel(self.checkpoint, self.device, _compute_dtype(self.device, self._value_dtype))
-            batches = tokens.split(max(1, self.batch_tokens // tokens.shape[1]))
+            batches = sequences.batches(self.batch_tokens)
             rule = KeepDense.parse(self.recipe.keep_dense)
             self.kept = self.world.from_one(choose_dense(rule, model, self.chosen, batches, extra_bytes))
         dense = {name for kept in self.kept for name in kept.layers}
@@ -93,38 +94,38 @@ class Job:
         """Return what the checkpoint calls a layer."""
         return self._model.file_name(f"{layer}.weight").removesuffix(".weight")
 
-    def calibration(self, source: str | Path | Tensor | None) -> tuple[Tensor | None, dict[str, Any] | None]:
-        """Return the token ids and what the report says of them; None for both where no step needs them."""
+    def calibration(
+        self, source: str | Path | Tensor | Iterable[Tensor] | None
+    ) -> tuple[Sequences | None, dict[str, Any] | None]:
+        """Return the sequences and what the report says of them; None for both where no step needs them."""
         recipe = self.recipe
         if source is None or not recipe.needs_calibration:
             return None, None
-        if isinstance(source, Tensor):
-            tokens = source
-        else:
+        if isinstance(source, str | Path):
             self._check_length(recipe.seq_len)
             tokenizer = _tokenizer(self.checkpoint.path)
-            tokens = load_calibration(source, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
-        if tokens.dim() != 2 or not tokens.numel():
-            raise OptionError(f"calibration tokens must be [samples, length] and not empty, got {list(tokens.shape)}")
-        self._check_length(tokens.shape[1])
+            sequences = load_calibration(source, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
+        else:
+            sequences = Sequences.of(source)
+        self._check_length(sequences.longest)
         if recipe.generate:
             with self.phases("generate"):
                 dtype = _compute_dtype(self.device, self._value_dtype)
-                own = generate(self.checkpoint.path, tokens, recipe.generate, self.device, dtype, recipe.seed)
-            tokens = torch.cat([tokens, own])
-        return tokens, {
-            "source": "token ids" if isinstance(source, Tensor) else str(source),
-            "sequences": tokens.shape[0],
+                own = generate(self.checkpoint.path, sequences, recipe.generate, self.device, dtype, recipe.seed)
+            sequences += Sequences.of(own)
+        return sequences, {
+            "source": str(source) if isinstance(source, str | Path) else "token ids",
+            "sequences": len(sequences),
             "generated": recipe.generate,
-            "tokens": tokens.numel(),
-            "sha256": fingerprint(tokens),
+            "tokens": sequences.tokens,
+            "sha256": sequences.fingerprint(),
         }
 
     @torch.no_grad()
     def layers(
         self,
         writer: CheckpointWriter | Silent,
-        tokens: Tensor | None,
+        sequences: Sequences | None,
         progress: Progress,
         manifest: Manifest | None = None,
     ) -> Iterator[LayerReport]:
@@ -132,7 +133,7 @@ class Job:
 
         Blocks that ``manifest`` knows are read from it. Each one that is finished here is added to it.
         """
-        state = _Activations(self._model, tokens, self.batch_tokens, self.recipe.refine > 0)
+        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.refine > 0)
         finished = 0 if manifest is None else len(manifest)
         for index in range(len(self._model.blocks)):
             if manifest is not None and index < finished:
@@ -148,9 +149,9 @@ class Job:
             yield from reports
 
     @torch.no_grad()
-    def rehearse(self, tokens: Tensor | None, progress: Progress) -> int:
-        """Compress the first block and write it nowhere; return the bytes of the hidden states of ``tokens``."""
-        state = _Activations(self._model, tokens, self.batch_tokens, self.recipe.refine > 0)
+    def rehearse(self, sequences: Sequences | None, progress: Progress) -> int:
+        """Compress the first block and write it nowhere; return the bytes of the hidden states of ``sequences``."""
+        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.refine > 0)
         for _ in self._compress_block(0, lambda name, tensor: None, state, progress):
             pass
         return sum(x.nbytes for _, x in state.batches(0))
@@ -464,11 +465,11 @@ class _Activations:
         targets: the same in the dense model, which refinement works towards; empty without ``refined``.
     """
 
-    def __init__(self, model: BlockModel, tokens: Tensor | None, batch_tokens: int, refined: bool) -> None:
+    def __init__(self, model: BlockModel, sequences: Sequences | None, batch_tokens: int, refined: bool) -> None:
         self._hidden: list[Tensor] = []
         self._calls: dict[torch.Size, list[BlockCall]] = {}
-        if tokens is not None:
-            for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
+        if sequences is not None:
+            for batch in sequences.batches(batch_tokens):
                 embedded, self._calls[batch.shape] = model.embed(batch)
                 self._hidden.append(embedded)
         self.targets = list(self._hidden) if refined else []

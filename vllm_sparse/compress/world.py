@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vllm_sparse.compress.calibrate import Group
-from vllm_sparse.errors import OptionError
+from vllm_sparse.compress.sequences import Sequences
 
 _TIMEOUT = timedelta(hours=2)  # of one block's layers, for which the others wait
 _T = TypeVar("_T")
@@ -63,17 +63,9 @@ class World:
         """Return which process solves the ``number``-th group of layers of a block."""
         return number % self.size
 
-    def share(self, tokens: Tensor | None) -> Tensor | None:
-        """Return this process's rows of token ids ``[samples, length]``.
-
-        Raises:
-            OptionError: there are fewer rows than processes.
-        """
-        if tokens is None or self.alone:
-            return tokens
-        if len(tokens) < self.size:
-            raise OptionError(f"{len(tokens)} calibration sequences are too few for {self.size} processes")
-        return tokens[self.rank :: self.size]
+    def share(self, sequences: Sequences | None) -> Sequences | None:
+        """Return this process's share of the calibration text; see ``Sequences.share``."""
+        return sequences if sequences is None or self.alone else sequences.share(self.rank, self.size)
 
     def from_one(self, value: _T, source: int = 0) -> _T:
         """Return the ``value`` that process ``source`` has."""
