@@ -61,8 +61,6 @@ def compress(
     """
     started = time.monotonic()
     plan, world = _recipe(recipe, options, calibration), World.join()
-    if not world.alone and (plan.refine or resume):
-        raise OptionError(f"{'refine' if plan.refine else 'resume'} works in one process, not in {world.size}")
     writer = CheckpointWriter(output, force, keep=resume)
     job = Job(Checkpoint(_directory(model)), plan, _device(device, world), world)
     sequences, described = job.calibration(calibration)
@@ -137,6 +135,7 @@ def _identity(job: Job, recipe: Recipe, calibration: Mapping[str, Any] | None) -
             "model": source_fingerprint(job.checkpoint),
             "calibration": None if calibration is None else calibration["sha256"],
             "device": job.device.type,
+            "processes": job.world.size,
         }
         | _versions()
         | recipe.to_dict()

@@ -81,6 +81,16 @@ class World:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of each entry over all processes; changes ``tensor``."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, count: int, device: torch.device) -> int:
+        """Return the largest ``count`` among all processes."""
+        return int(self.largest(torch.tensor([count], device=device)))
+
     def agree(self, answer: bool, device: torch.device) -> bool:
         """Return whether the answer is yes in every process."""
         no = torch.tensor([float(not answer)], device=device)
@@ -109,7 +119,7 @@ class World:
                 if group.largest is not None:
                     largest = group.largest.float().reshape(1)
             dist.reduce(total, self.owner(number))
-            dist.all_reduce(tokens)
+            self.sum(tokens)
             self.largest(largest)
             count = int(tokens)
             top = largest[0] if float(largest) >= 0 else None
