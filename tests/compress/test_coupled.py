@@ -1,16 +1,19 @@
 """Outputs that matter together: exact identities, and what it is all for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.compress.conftest import make_model
 from vllm_sparse.compress import compress
 from vllm_sparse.compress.coupled import coupled_error, coupled_least_squares, damp_outputs, round_coupled, row_targets
-from vllm_sparse.compress.curvature import output_curvature
+from vllm_sparse.compress.curvature import block_fisher, output_curvature
 from vllm_sparse.compress.grid import search_grid
 from vllm_sparse.compress.least_squares import least_squares
 from vllm_sparse.compress.magnitude import magnitude_mask
 from vllm_sparse.compress.model import BlockCall
+from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.compress.world import World
 from vllm_sparse.scheme import get_scheme
 
@@ -77,17 +80,43 @@ def test_rounding_together_lowers_the_error_and_keeps_the_mask(problem, scheme):
 
 
 def test_the_curvature_of_a_linear_block_is_known():
-    """Of out(mid(x)) with an output of constant norm: G is out^T out for mid, and the identity for out."""
+    """Of out(mid(x)) with one size for all tokens: G is F for out, and out^T F out for mid."""
     torch.manual_seed(0)
     block = torch.nn.Sequential(torch.nn.Linear(8, 6, bias=False), torch.nn.Linear(6, 4, bias=False)).double()
     linears = {"mid": block[0], "out": block[1]}
     x = torch.randn(1, 8, dtype=torch.float64).expand(1, 40000, 8)
-    g = output_curvature(block, linears, [(BlockCall((), {}), x)], 1, 0, World())
-    square = block(x)[0, 0].float().square().mean()
-    out = block[1].weight.detach().float()
-    torch.testing.assert_close(g["mid"] * square, out.T @ out, rtol=0.05, atol=0.02)
-    torch.testing.assert_close(g["out"] * square, torch.eye(4), rtol=0.05, atol=0.02)
+    fisher = torch.randn(4, 7) @ torch.randn(7, 4)
+    fisher = fisher @ fisher.T
+    g = output_curvature(block, linears, [(BlockCall((), {}), x)], fisher, 1, 0, World())
+    square, out = block(x)[0, 0].float().square().mean(), block[1].weight.detach().float()
+    size = fisher.diagonal().mean()
+    torch.testing.assert_close(g["out"] * square / size, fisher / size, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(g["mid"] * square / size, out.T @ fisher @ out / size, rtol=0.05, atol=0.05)
     assert damp_outputs(torch.zeros(3, 3)).diagonal().min() > 0
+
+
+def test_the_fisher_information_of_the_last_block_is_that_of_the_softmax():
+    """Behind a head alone, the mean of g g^T over labels the model draws is W^T (diag(p) - p p^T) W."""
+    torch.manual_seed(0)
+
+    class Toy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.block, self.head = torch.nn.Embedding(2, 3), torch.nn.Identity(), torch.nn.Linear(3, 5)
+
+        def get_input_embeddings(self):
+            return self.embed
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.head(self.block(self.embed(input_ids))))
+
+    toy = Toy().requires_grad_(False)
+    sequences = Sequences.of(torch.zeros(100, 400).long())
+    (fisher,) = block_fisher(toy, [toy.block], sequences, 0, World())
+    x, w = toy.embed.weight[0], toy.head.weight
+    p = toy.head(x).softmax(0)
+    exact = w.T @ (p.diag() - p.outer(p)) @ w * x.square().mean()
+    torch.testing.assert_close(fisher, exact, rtol=0.05, atol=0.02 * float(exact.diagonal().max()))
 
 
 @pytest.mark.parametrize("scheme", ["bf16", "w4a16", "fp8"])

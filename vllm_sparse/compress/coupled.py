@@ -1,7 +1,7 @@
 """A layer whose outputs matter together: tr(G D H D^T), with D the error of the weights, instead of D H D^T by rows.
 
-G says how errors of the outputs act together (curvature.py): an error of one row can be made good in another, and what
-the block does not read may be wrong.
+G says what errors of the outputs cost the model (curvature.py): an error of one row can be made good in another, and
+what nothing reads may be wrong.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from vllm_sparse.compress.calibrate import BlockHessians, Group
 from vllm_sparse.compress.calibration import load_calibration
 from vllm_sparse.compress.coupled import damp_outputs
-from vllm_sparse.compress.curvature import output_curvature
+from vllm_sparse.compress.curvature import block_fisher, output_curvature
 from vllm_sparse.compress.generate import generate
 from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers, regroup
@@ -63,6 +63,7 @@ class Job:
         patterns = (*ALWAYS_DENSE, *recipe.ignore)
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
         self.kept: tuple[Kept, ...] = ()
+        self._fisher: list[Tensor] = []
         self._curvature: dict[str, Tensor] = {}
         self._choose([name for name in blocks if not is_ignored(name, patterns)])
 
@@ -94,6 +95,16 @@ class Job:
             self.kept = self.world.from_one(choose_dense(rule, model, self.chosen, batches, extra_bytes))
         dense = {name for kept in self.kept for name in kept.layers}
         self._choose([name for name in self.chosen if name not in dense])
+
+    def measure_fisher(self, sequences: Sequences | None) -> None:
+        """Find what errors of each block's output cost, where the recipe asks for it."""
+        if not self.recipe.curvature or sequences is None:
+            return
+        with self.phases("curvature"):
+            dtype = _compute_dtype(self.device, self._value_dtype)
+            model, blocks = self._model.whole(dtype)
+            some = Sequences(sequences.rows[: -(-self.recipe.curvature // self.world.size)])
+            self._fisher = block_fisher(model, blocks, some, self.recipe.seed, self.world)
 
     def file_name(self, layer: str) -> str:
         """Return what the checkpoint calls a layer."""
@@ -216,8 +227,9 @@ class Job:
                 self._smooth(index, block, linears, batches, add)
         if recipe.curvature and batches:
             with self.phases("curvature"):
-                seed = recipe.seed + index
-                self._curvature = output_curvature(block, linears, batches, recipe.curvature, seed, self.world)
+                self._curvature = output_curvature(
+                    block, linears, batches, self._fisher[index], recipe.curvature, recipe.seed + index, self.world
+                )
         outputs = index + 1 < self.blocks
         if self.world.alone and self._in_stages(batches):
             staged = StagedBlock(

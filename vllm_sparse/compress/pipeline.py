@@ -67,6 +67,7 @@ def compress(
     sequences = world.from_one(sequences)
     job.keep_dense(sequences)
     sequences = world.share(sequences)
+    job.measure_fisher(sequences)
     if not world.first:
         with Progress(len(job.chosen), quiet=True) as progress:
             for _ in job.layers(Silent(), sequences, progress):
@@ -115,6 +116,7 @@ def dry_run(
     job = Job(Checkpoint(_directory(model)), plan, _device(device, World()))
     sequences, _ = job.calibration(calibration)
     job.keep_dense(sequences)
+    job.measure_fisher(sequences)
     return make_plan(job, sequences)
 
 

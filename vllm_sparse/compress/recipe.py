@@ -64,8 +64,8 @@ class Recipe:
         refine: training steps per block on the kept weights, against the dense block's output.
         generate: sequences that the dense model writes itself, added to the calibration ones. Training on few
             sequences learns them by heart.
-        curvature: calibration sequences from which it is found how errors of a layer's outputs act together on the
-            block's output; they are then weighed by it, and made good in each other. 0: every output for itself.
+        curvature: calibration sequences from which it is found what errors of a layer's outputs cost the model, all
+            together; they are then weighed by it, and made good in each other. 0: every output for itself.
         ignore: layers that stay dense, by exact name or ``re:`` and a regular expression, besides ``ALWAYS_DENSE``.
         num_samples, seq_len: calibration sequences and their length in tokens.
         seed: of the choice of sequences.
