@@ -75,7 +75,9 @@ def test_its_outputs_are_weighed_together(kind, text, tmp_path):
 
 def test_curvature_needs_a_head(text, tmp_path):
     with pytest.raises(UnsupportedError, match="has no head that predicts tokens, which curvature needs"):
-        compress(save(tmp_path / "model", "bert"), tmp_path / "out", calibration=text, curvature=1, seq_len=64)
+        compress(
+            save(tmp_path / "model", "bert"), tmp_path / "out", calibration=text, curvature=1, seq_len=64, scheme="int8"
+        )
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -125,7 +125,7 @@ def test_two_processes_resume_to_the_same_bytes(text, tmp_path):
         process.communicate(timeout=60)
     assert len(json.loads((tmp_path / ".out.partial/manifest.json").read_text())["blocks"]) == 1
     with pytest.raises(OutputError, match=r"was begun with processes 2 and cannot be resumed with 1; delete it"):
-        compress(model, tmp_path / "out", calibration=text, **OPTIONS, **(options | {"quiet": True}))
+        compress(model, tmp_path / "out", calibration=text, **(options | OPTIONS))
     first, second = run_two(model, text, tmp_path / "out", **options)
     assert first == second and len(first["layers"]) == 21
     whole, out = ({f.name: f.read_bytes() for f in (tmp_path / d).glob("*.safetensors*")} for d in ("whole", "out"))
