@@ -15,7 +15,8 @@ from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.grid import Grid
 from vllm_sparse.compress.rescale import refit_scales
 
-_DAMPENING = 0.1  # share of G's mean diagonal added to it; 0.01 and 0.001 are worse (docs/decisions/0008)
+# docs/decisions/0015-compress-outputs-together.md
+_DAMPENING = 0.1  # share of G's mean diagonal added to it; 0.01 and 0.001 are worse
 _ITERATIONS = 30
 _ROW_BLOCKS = 8  # rows a multiple of this apart, which belong to one head or the like, are rounded in turn
 _SWEEPS = 2
