@@ -40,6 +40,8 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-one-shot": {"scheme": "bf16"},
     "ours-w4a16": {"scheme": "w4a16"},
     "ours-fp8": {"scheme": "fp8"},
+    "ours-curvature": {"scheme": "bf16", "curvature": 128},
+    "ours-w4a16-curvature": {"scheme": "w4a16", "curvature": 128},
     "ours-int8": {"scheme": "int8"},
     "ours-refine": {"scheme": "bf16", "refine": 400, "generate": 896},
 }
@@ -48,6 +50,8 @@ RIVALS = {"llmc-sparsegpt": "sparsegpt", "llmc-sparsegpt-gptq-remasked": "sparse
 COMPARED = {
     "ours-one-shot": "llmc-sparsegpt",
     "ours-w4a16": "llmc-sparsegpt-gptq-remasked",
+    "ours-curvature": "llmc-sparsegpt",
+    "ours-w4a16-curvature": "llmc-sparsegpt-gptq-remasked",
     "ours-refine": "llmc-sparsegpt",
 }
 

@@ -6,8 +6,10 @@ import transformers
 from transformers import AutoConfig
 
 from tests.compress.conftest import config_of, make_model, save_tokenizer
+from tests.compress.test_experts import CONFIGS
 from vllm_sparse.compress import compress
 from vllm_sparse.compress.model import BlockModel
+from vllm_sparse.errors import UnsupportedError
 from vllm_sparse.formats.checkpoint import Checkpoint
 
 SIZES = {
@@ -57,6 +59,25 @@ def test_an_architecture_is_compressed(kind, text, tmp_path):
     assert set(before.tensors) - compressed - tied <= set(after.tensors)
     dense = config_of(tmp_path / "out")["quantization_config"]["ignore"]
     assert {f"{name}.weight" for name in dense} & set(before.tensors) <= set(after.tensors)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "opt", "gpt_neox", "roberta", "qwen3_moe"])
+def test_its_outputs_are_weighed_together(kind, text, tmp_path):
+    moe = kind in CONFIGS
+    path = make_model(tmp_path / "model", config=CONFIGS[kind]) if moe else save(tmp_path / "model", kind)
+    options = {"num_samples": 4, "seq_len": 64, "quiet": True, "device": "cpu", "scheme": "int8"}
+    report = compress(path, tmp_path / "out", calibration=text, curvature=4, **options)
+    alone = compress(path, tmp_path / "alone", calibration=text, **options)
+    assert report.verification.violations == 0 and len(report.layers) == len(alone.layers)
+    # What is best for all outputs together is worse for each alone.
+    assert sum(layer.error for layer in report.layers) > sum(layer.error for layer in alone.layers)
+
+
+def test_curvature_needs_a_head(text, tmp_path):
+    with pytest.raises(UnsupportedError, match="has no head that predicts tokens, which curvature needs"):
+        compress(
+            save(tmp_path / "model", "bert"), tmp_path / "out", calibration=text, curvature=1, seq_len=64, scheme="int8"
+        )
 
 
 @pytest.mark.parametrize("kind", MODELS)

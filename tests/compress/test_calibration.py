@@ -1,4 +1,4 @@
-"""Calibration text from files, directories, JSON lines and datasets becomes sequences of one length."""
+"""Calibration text from files, directories, JSON lines and datasets becomes sequences, conversations one each."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vllm_sparse.compress.calibration import fingerprint, load_calibration
+from vllm_sparse.compress.calibration import load_calibration
 from vllm_sparse.errors import OptionError
 
 
@@ -23,6 +23,10 @@ def text_of(tokenizer, ids):
     return "".join(tokenizer.decode(row) for row in ids).replace("<eos>", "|")
 
 
+def shapes(sequences):
+    return [tuple(row.shape) for row in sequences]
+
+
 def test_a_directory_gives_all_its_text_files_and_skips_others(tokenizer, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.py").write_text("aaaa")
@@ -32,24 +36,53 @@ def test_a_directory_gives_all_its_text_files_and_skips_others(tokenizer, tmp_pa
     assert sorted(text_of(tokenizer, ids).strip("|").split("|")) == ["aaaa", "bbbb"]
 
 
-def test_lines_of_json_hold_text_content_or_messages(tokenizer, tmp_path):
-    rows = [{"text": "one"}, {"content": "two"}, {"messages": [{"role": "user", "content": "three"}]}]
-    file = tmp_path / "rows.jsonl"
+def write_lines(file, rows):
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return file
+
+
+def chat(*contents):
+    return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+
+def test_lines_of_json_hold_text_content_or_messages(tokenizer, tmp_path):
+    file = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}, {"content": "two"}, chat("three")])
     ids = load_calibration(file, tokenizer, 100, 1, seed=0)
-    assert sorted(text_of(tokenizer, ids).strip("|").split("|")) == ["one", "two", "user: three\n"]
+    assert sorted(text_of(tokenizer, ids).strip("|").split("|")) == ["one", "two", "u"]
+
+
+def test_a_conversation_is_a_sequence_of_its_own_length(tokenizer, tmp_path):
+    rows = [chat("a"), chat("b", "c" * 30), chat("d" * 70_000), chat("e")]
+    ids = load_calibration(write_lines(tmp_path / "rows.jsonl", rows), tokenizer, 100, 50, seed=0)
+    texts = [tokenizer.decode(row) for row in ids]
+    whole = ["user: a\n", "user: b\nuser: " + "c" * 30 + "\n", "user: " + "d" * 44, "user: e\n"]
+    assert sorted(texts) == sorted(whole)  # the third one is cut once, not into parts
+    assert len(load_calibration(tmp_path / "rows.jsonl", tokenizer, 2, 50, seed=0)) == 2
+
+
+def test_messages_that_the_template_does_not_take_are_named(tokenizer, tmp_path):
+    file = write_lines(tmp_path / "rows.jsonl", [chat("one"), {"messages": []}])
+    with pytest.raises(OptionError, match=r"rows.jsonl, line 2: the chat template does not take its messages \(.+\)"):
+        load_calibration(file, tokenizer, 2, 9, seed=0)
+
+
+def test_conversations_need_a_chat_template(tiny, tmp_path):
+    plain = AutoTokenizer.from_pretrained(tiny)
+    file = write_lines(tmp_path / "rows.jsonl", [{"text": "one"}, chat("two")])
+    with pytest.raises(OptionError, match=r"rows.jsonl, line 2: has messages, but the model's tokenizer has no "):
+        load_calibration(file, plain, 2, 9, seed=0)
 
 
 def test_the_seed_decides_the_sequences(tokenizer, text):
     first = load_calibration(text, tokenizer, 8, 32, seed=0)
-    assert first.shape == (8, 32) and first.dtype == torch.int64
-    assert fingerprint(first) == fingerprint(load_calibration(text, tokenizer, 8, 32, seed=0))
-    assert fingerprint(first) != fingerprint(load_calibration(text, tokenizer, 8, 32, seed=1))
+    assert shapes(first) == [(32,)] * 8 and first.rows[0].dtype == torch.int64
+    assert first.fingerprint() == load_calibration(text, tokenizer, 8, 32, seed=0).fingerprint()
+    assert first.fingerprint() != load_calibration(text, tokenizer, 8, 32, seed=1).fingerprint()
 
 
 def test_short_text_gives_fewer_sequences(tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("x" * 70)
-    assert load_calibration(tmp_path / "short.txt", tokenizer, 8, 32, seed=0).shape == (2, 32)
+    assert shapes(load_calibration(tmp_path / "short.txt", tokenizer, 8, 32, seed=0)) == [(32,)] * 2
 
 
 class Rows(list):
@@ -66,7 +99,7 @@ def test_a_dataset_is_streamed_by_id_and_configuration(tokenizer, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     ids = load_calibration("team/words:en", tokenizer, 2, 9, seed=0)
-    assert ids.shape == (2, 9)
+    assert shapes(ids) == [(9,)] * 2
     assert asked == [(("team/words", "en"), {"split": "train", "streaming": True})]
 
 

@@ -15,6 +15,7 @@ from vllm_sparse.compress.generate import generate
 from vllm_sparse.compress.grid import search_grid
 from vllm_sparse.compress.hessian import Hessian, damp
 from vllm_sparse.compress.model import BlockCall
+from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.compress.staged import StagedBlock, find_leaders
 from vllm_sparse.scheme import get_scheme
 
@@ -149,7 +150,8 @@ def test_both_ways_through_a_block_give_the_same_kind_of_model(tiny, text, tmp_p
 def test_generated_text_begins_with_calibration_text_and_repeats(tmp_path):
     model = make_model(tmp_path / "model")
     tokens = torch.randint(257, (3, 40), generator=torch.Generator().manual_seed(4))
-    first, again = (generate(model, tokens, 5, torch.device("cpu"), torch.float32, seed=7) for _ in range(2))
+    sequences, device = Sequences.of(tokens), torch.device("cpu")
+    first, again = (generate(model, sequences, 5, device, torch.float32, seed=7) for _ in range(2))
     assert torch.equal(first, again) and first.shape == (5, 40)
     for row, text in enumerate(first):
         source = tokens[row % 3].unfold(0, 32, 1)

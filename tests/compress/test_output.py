@@ -188,7 +188,7 @@ def test_static_activations(model, text, tmp_path, scheme, format_):
     from vllm_sparse.compress.calibration import load_calibration
     from vllm_sparse.compress.job import _tokenizer
 
-    tokens = load_calibration(text, _tokenizer(model), 8, 64, 0)
+    (tokens,) = load_calibration(text, _tokenizer(model), 8, 64, 0).batches(8 * 64)
     dense, seen = load_dense(model), []
     dense.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max()))
     negative_log_likelihood(dense, tokens, batch=8)

@@ -1,7 +1,8 @@
-"""Two processes on the CPU write what one writes, but for the order of sums."""
+"""Two processes on the CPU write what one writes, but for the order of sums, and resume what they began."""
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,18 +14,20 @@ from tests.compress.conftest import make_model
 from tests.compress.test_experts import CONFIGS
 from vllm_sparse.compress import compress, job
 from vllm_sparse.compress.evaluate import load_dense, negative_log_likelihood
+from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.compress.world import World, _joined
-from vllm_sparse.errors import OptionError
+from vllm_sparse.errors import OptionError, OutputError
 from vllm_sparse.formats.checkpoint import Checkpoint
 
 OPTIONS = {"num_samples": 9, "seq_len": 64, "quiet": True, "device": "cpu"}
 
 
-def run_two(model, text, out, **options):
-    """Compress in two processes; return what each of them reports."""
+def start_two(model, text, out, batch_tokens=2048, **options):
+    """Start compressing in two processes."""
     code = (
         "import torch; from vllm_sparse.compress import compress, job\n"
         "job._compute_dtype = lambda device, source: torch.float32\n"
+        f"job._BATCH_TOKENS['cpu'] = {batch_tokens}\n"
         f"report = compress({str(model)!r}, {str(out)!r}, calibration={str(text)!r}, **{OPTIONS | options!r})\n"
         "print(report.to_json())"
     )
@@ -32,7 +35,7 @@ def run_two(model, text, out, **options):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", code],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -42,9 +45,14 @@ def run_two(model, text, out, **options):
         )
         for rank in range(2)
     ]
+
+
+def run_two(model, text, out, **options):
+    """Compress in two processes; return what each of them reports."""
+    processes = start_two(model, text, out, **options)
     results = [process.communicate(timeout=240) for process in processes]
     assert all(process.returncode == 0 for process in processes), results[0][1][-2000:] + results[1][1][-2000:]
-    return [json.loads(printed[printed.index("{") :]) for printed, _ in results]
+    return [json.loads(printed[printed.index("{\n") :]) for printed, _ in results]
 
 
 def test_two_processes_write_what_one_writes(text, tmp_path, monkeypatch):
@@ -79,15 +87,46 @@ def test_groups_of_layers_are_joined_where_one_process_saw_less():
 
 
 def test_each_process_takes_its_rows():
-    tokens = torch.arange(10).view(5, 2)
-    shares = [World(rank, 2).share(tokens) for rank in range(2)]
-    assert torch.equal(torch.cat(shares).sort(0).values, tokens)
+    sequences = Sequences.of([torch.arange(length) for length in range(1, 6)])
+    shares = [World(rank, 2).share(sequences) for rank in range(2)]
+    assert sorted(len(row) for share in shares for row in share) == [1, 2, 3, 4, 5]
     with pytest.raises(OptionError, match="5 calibration sequences are too few for 6 processes"):
-        World(0, 6).share(tokens)
+        World(0, 6).share(sequences)
 
 
-@pytest.mark.parametrize(("word", "value"), [("refine", 1), ("resume", True)])
-def test_what_one_process_alone_can_do(word, value, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(World, "join", lambda: World(0, 2))
-    with pytest.raises(OptionError, match=f"{word} works in one process, not in 2"):
-        compress(tmp_path / "model", tmp_path / "out", calibration=text, **OPTIONS, **{word: value})
+def test_two_processes_refine_as_one_does(text, tmp_path, monkeypatch):
+    model = make_model(tmp_path / "model", num_hidden_layers=1)
+    monkeypatch.setattr(job, "_compute_dtype", lambda device, source: torch.float32)
+    monkeypatch.setattr(job, "_STAGED_BYTES", -1)
+    # Nine sequences in batches of two: the last step of a round has a batch in one of the processes only.
+    monkeypatch.setitem(job._BATCH_TOKENS, "cpu", 128)
+    options = {"scheme": "bf16", "refine": 20, "pruner": "magnitude"}  # the same masks in both
+    first, second = run_two(model, text, tmp_path / "two", batch_tokens=128, **options)
+    assert first == second
+    alone = compress(model, tmp_path / "one", calibration=text, **OPTIONS, **options)
+    assert [layer["tokens"] for layer in first["layers"]] == [layer.tokens for layer in alone.layers]
+    compress(model, tmp_path / "not", calibration=text, **OPTIONS, **(options | {"refine": 0}))
+    one, two, untrained = (load_dense(tmp_path / name).state_dict() for name in ("one", "two", "not"))
+    names = [name for name in one if name.endswith("proj.weight")]
+    moved, apart = (sum((one[n] - other[n]).square().sum() for n in names).sqrt() for other in (untrained, two))
+    assert apart < 0.01 * moved and moved > 0
+
+
+def test_two_processes_resume_to_the_same_bytes(text, tmp_path):
+    model = make_model(tmp_path / "model", num_hidden_layers=3)
+    options = {"group_size": 32, "resume": True, "refine": 2, "curvature": 4, "quiet": False}
+    run_two(model, text, tmp_path / "whole", **options)
+    processes = start_two(model, text, tmp_path / "out", **options)
+    lines = (line for line in processes[0].stderr if re.match(r"\[ *\d+/21\]", line))
+    for _ in range(10):  # into the second block
+        next(lines)
+    for process in processes:
+        process.kill()
+        process.communicate(timeout=60)
+    assert len(json.loads((tmp_path / ".out.partial/manifest.json").read_text())["blocks"]) == 1
+    with pytest.raises(OutputError, match=r"was begun with processes 2 and cannot be resumed with 1; delete it"):
+        compress(model, tmp_path / "out", calibration=text, **(options | OPTIONS))
+    first, second = run_two(model, text, tmp_path / "out", **options)
+    assert first == second and len(first["layers"]) == 21
+    whole, out = ({f.name: f.read_bytes() for f in (tmp_path / d).glob("*.safetensors*")} for d in ("whole", "out"))
+    assert whole == out and len(out) == 5  # a shard for each block, one for the rest, and the index

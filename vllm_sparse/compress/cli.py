@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dampening", type=float, help="share of H's mean diagonal added to it (default 0.01)")
     parser.add_argument("--refine", type=int, help="training steps per block on the kept weights (default 0)")
     parser.add_argument("--generate", type=int, help="sequences that the dense model writes itself, added (default 0)")
+    parser.add_argument(
+        "--curvature",
+        type=int,
+        help="sequences to find what errors of a layer's outputs cost, all together (default 0)",
+    )
     parser.add_argument("--ignore", nargs="+", help="layers that stay dense: names, or re: and a regular expression")
     parser.add_argument("--calibration", help="text file, directory, .jsonl file or Hugging Face dataset id")
     parser.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")

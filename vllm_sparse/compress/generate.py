@@ -8,27 +8,32 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from vllm_sparse.compress.sequences import Sequences
+
 _PROMPT = 32  # tokens of a calibration sequence that each text begins with
 _TOKENS_AT_ONCE = 1 << 19  # whose keys and values are in memory
 
 
 @torch.no_grad()
-def generate(path: Path, tokens: Tensor, count: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    """Return ``count`` texts, int64 ``[count, length]``, sampled from the model in ``path`` at temperature one.
+def generate(
+    path: Path, sequences: Sequences, count: int, device: torch.device, dtype: torch.dtype, seed: int
+) -> Tensor:
+    """Return ``count`` texts, int64 ``[count, longest]``, sampled from the model in ``path`` at temperature one.
 
     The whole model is loaded for it.
 
     Args:
-        tokens: int64 ``[samples, length]``; each text begins with a piece of one of them.
+        sequences: each text begins with a piece of one of them and is as long as the longest.
         seed: of the pieces and of the sampling.
     """
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     dice = torch.Generator(device).manual_seed(seed)
-    length = tokens.shape[1]
-    prompt = min(_PROMPT, length)
+    length, shortest = sequences.longest, sequences.shortest
+    prompt = min(_PROMPT, shortest)
     choice = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, length - prompt + 1, (count, 1), generator=choice)
-    prompts = tokens[torch.arange(count)[:, None] % len(tokens), starts + torch.arange(prompt)]
+    starts = torch.randint(0, shortest - prompt + 1, (count,), generator=choice).tolist()
+    rows = sequences.rows
+    prompts = torch.stack([rows[i % len(rows)][start : start + prompt] for i, start in enumerate(starts)])
     texts = []
     for batch in prompts.to(device).split(max(1, _TOKENS_AT_ONCE // length)):
         written, cache, new = [batch], None, batch

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from vllm_sparse.compress.calibrate import BlockHessians, Group
-from vllm_sparse.compress.calibration import fingerprint, load_calibration
+from vllm_sparse.compress.calibration import load_calibration
+from vllm_sparse.compress.coupled import damp_outputs
+from vllm_sparse.compress.curvature import block_fisher, output_curvature
 from vllm_sparse.compress.generate import generate
 from vllm_sparse.compress.keep_dense import KeepDense, Kept
-from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
+from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers, regroup
 from vllm_sparse.compress.manifest import Manifest
 from vllm_sparse.compress.model import BlockCall, BlockModel
 from vllm_sparse.compress.output import Weight, make_output
@@ -26,6 +27,7 @@ from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
 from vllm_sparse.compress.sensitivity import choose_dense
+from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.compress.smooth import smooth
 from vllm_sparse.compress.staged import StagedBlock, find_leaders
 from vllm_sparse.compress.world import Silent, World
@@ -38,6 +40,7 @@ from vllm_sparse.weight import LinearSpec
 _BATCH_TOKENS = {"cuda": 8192, "cpu": 2048}  # a CPU works out of its caches
 _STAGED_BYTES = 4 << 30  # of the inputs of the widest layer, which a pass in stages holds for all tokens
 _Add = Callable[[str, Tensor], None]
+_T = TypeVar("_T")
 
 
 class Job:
@@ -53,11 +56,15 @@ class Job:
         self.phases = Phases(device)
         self._leaders: dict[tuple[str, ...], dict[str, str]] = {}
         self.batch_tokens = _BATCH_TOKENS.get(device.type, 8192)
+        if recipe.refine:  # a training step takes a batch of every process
+            self.batch_tokens //= self.world.size
         self._value_dtype = _source_dtype(checkpoint)
         self._model = BlockModel(checkpoint, device, _compute_dtype(device, self._value_dtype))
         patterns = (*ALWAYS_DENSE, *recipe.ignore)
         blocks = [name for index in range(len(self._model.blocks)) for name in self._model.linears(index)]
         self.kept: tuple[Kept, ...] = ()
+        self._fisher: list[Tensor] = []
+        self._curvature: dict[str, Tensor] = {}
         self._choose([name for name in blocks if not is_ignored(name, patterns)])
 
     def _choose(self, layers: list[str]) -> None:
@@ -71,9 +78,9 @@ class Job:
         self.output = make_output(recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense)
 
     @torch.no_grad()
-    def keep_dense(self, tokens: Tensor | None) -> None:
+    def keep_dense(self, sequences: Sequences | None) -> None:
         """Take those layers out that the recipe's rule keeps dense, as the dense model's own inputs show."""
-        if not self.recipe.keep_dense or tokens is None:
+        if not self.recipe.keep_dense or sequences is None:
             return
         linears = self._model.all_linears()
 
@@ -83,74 +90,86 @@ class Job:
 
         with self.phases("keep dense"):
             model = BlockModel(self.checkpoint, self.device, _compute_dtype(self.device, self._value_dtype))
-            batches = tokens.split(max(1, self.batch_tokens // tokens.shape[1]))
+            batches = sequences.batches(self.batch_tokens)
             rule = KeepDense.parse(self.recipe.keep_dense)
             self.kept = self.world.from_one(choose_dense(rule, model, self.chosen, batches, extra_bytes))
         dense = {name for kept in self.kept for name in kept.layers}
         self._choose([name for name in self.chosen if name not in dense])
 
+    def measure_fisher(self, sequences: Sequences | None) -> None:
+        """Find what errors of each block's output cost, where the recipe asks for it."""
+        if not self.recipe.curvature or sequences is None:
+            return
+        with self.phases("curvature"):
+            dtype = _compute_dtype(self.device, self._value_dtype)
+            model, blocks = self._model.whole(dtype)
+            some = Sequences(sequences.rows[: -(-self.recipe.curvature // self.world.size)])
+            self._fisher = block_fisher(model, blocks, some, self.recipe.seed, self.world)
+
     def file_name(self, layer: str) -> str:
         """Return what the checkpoint calls a layer."""
         return self._model.file_name(f"{layer}.weight").removesuffix(".weight")
 
-    def calibration(self, source: str | Path | Tensor | None) -> tuple[Tensor | None, dict[str, Any] | None]:
-        """Return the token ids and what the report says of them; None for both where no step needs them."""
+    def calibration(
+        self, source: str | Path | Tensor | Iterable[Tensor] | None
+    ) -> tuple[Sequences | None, dict[str, Any] | None]:
+        """Return the sequences and what the report says of them; None for both where no step needs them."""
         recipe = self.recipe
         if source is None or not recipe.needs_calibration:
             return None, None
-        if isinstance(source, Tensor):
-            tokens = source
-        else:
+        if isinstance(source, str | Path):
             self._check_length(recipe.seq_len)
             tokenizer = _tokenizer(self.checkpoint.path)
-            tokens = load_calibration(source, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
-        if tokens.dim() != 2 or not tokens.numel():
-            raise OptionError(f"calibration tokens must be [samples, length] and not empty, got {list(tokens.shape)}")
-        self._check_length(tokens.shape[1])
+            sequences = load_calibration(source, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
+        else:
+            sequences = Sequences.of(source)
+        self._check_length(sequences.longest)
         if recipe.generate:
             with self.phases("generate"):
                 dtype = _compute_dtype(self.device, self._value_dtype)
-                own = generate(self.checkpoint.path, tokens, recipe.generate, self.device, dtype, recipe.seed)
-            tokens = torch.cat([tokens, own])
-        return tokens, {
-            "source": "token ids" if isinstance(source, Tensor) else str(source),
-            "sequences": tokens.shape[0],
+                own = generate(self.checkpoint.path, sequences, recipe.generate, self.device, dtype, recipe.seed)
+            sequences += Sequences.of(own)
+        return sequences, {
+            "source": str(source) if isinstance(source, str | Path) else "token ids",
+            "sequences": len(sequences),
             "generated": recipe.generate,
-            "tokens": tokens.numel(),
-            "sha256": fingerprint(tokens),
+            "tokens": sequences.tokens,
+            "sha256": sequences.fingerprint(),
         }
 
     @torch.no_grad()
     def layers(
         self,
         writer: CheckpointWriter | Silent,
-        tokens: Tensor | None,
+        sequences: Sequences | None,
         progress: Progress,
         manifest: Manifest | None = None,
     ) -> Iterator[LayerReport]:
         """Compress block after block and write each; the inputs of a block come from the compressed ones before it.
 
-        Blocks that ``manifest`` knows are read from it. Each one that is finished here is added to it.
+        Blocks that ``manifest`` knows are read from it, in the process that writes, and sent to the others. Each one
+        that is finished here is added to it.
         """
-        state = _Activations(self._model, tokens, self.batch_tokens, self.recipe.refine > 0)
-        finished = 0 if manifest is None else len(manifest)
-        for index in range(len(self._model.blocks)):
-            if manifest is not None and index < finished:
-                reports = manifest.layers(index)
-                if finished < len(self._model.blocks):  # else nobody needs what comes out of it
-                    self._restore(index, manifest.shard(index), reports, state)
+        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.refine > 0)
+        finished = self.world.from_one(0 if manifest is None else len(manifest))
+        for index in range(self.blocks):
+            if index < finished:
+                needed = finished < self.blocks  # else nobody needs what comes out of it
+                own = None if manifest is None else (manifest.layers(index), manifest.tensors(index) if needed else {})
+                reports, tensors = self.world.from_one(cast(tuple[list[LayerReport], dict[str, Tensor]], own))
+                if needed:
+                    self._restore(index, tensors, reports, state)
+                progress.skip(len(reports), f"block {index} is finished")
             else:
                 reports = list(self._compress_block(index, writer.add, state, progress))
                 if manifest is not None:
                     manifest.add(reports)
-            if index < finished:
-                progress.skip(len(reports), f"block {index} is finished")
             yield from reports
 
     @torch.no_grad()
-    def rehearse(self, tokens: Tensor | None, progress: Progress) -> int:
-        """Compress the first block and write it nowhere; return the bytes of the hidden states of ``tokens``."""
-        state = _Activations(self._model, tokens, self.batch_tokens, self.recipe.refine > 0)
+    def rehearse(self, sequences: Sequences | None, progress: Progress) -> int:
+        """Compress the first block and write it nowhere; return the bytes of the hidden states of ``sequences``."""
+        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.refine > 0)
         for _ in self._compress_block(0, lambda name, tensor: None, state, progress):
             pass
         return sum(x.nbytes for _, x in state.batches(0))
@@ -206,6 +225,11 @@ class Job:
         if recipe.smooth:
             with self.phases("smooth"):
                 self._smooth(index, block, linears, batches, add)
+        if recipe.curvature and batches:
+            with self.phases("curvature"):
+                self._curvature = output_curvature(
+                    block, linears, batches, self._fisher[index], recipe.curvature, recipe.seed + index, self.world
+                )
         outputs = index + 1 < self.blocks
         if self.world.alone and self._in_stages(batches):
             staged = StagedBlock(
@@ -222,7 +246,7 @@ class Job:
                 solved = self._solved(index, block, linears, batches, state, progress)
                 yield from self._write(solved, linears, add, progress)
             else:
-                yield from self._write_shared(self._groups(block, linears, batches), linears, add, progress)
+                yield from self._write_shared(index, block, linears, batches, state, add, progress)
             if outputs:
                 with self.phases("propagate"):
                     state.advance(index, block)
@@ -238,13 +262,13 @@ class Job:
         progress: Progress,
     ) -> Iterator[tuple[Pruned, Inputs]]:
         """Prune a block that runs as a whole, and train what is left where the recipe asks for it."""
-        pruned = self._pruned(linears, self._groups(block, linears, batches))
+        groups = self._groups(block, linears, batches)
         if not self.recipe.refine:
-            return pruned
-        groups = [group for group, _ in pruned]
-        with self.phases("refine"):
-            progress.say(self._refine(index, block, linears, groups, batches, state.targets))
-        return self._with_inputs(groups, self._groups(block, linears, batches))
+            return self._pruned(linears, groups)
+        pruned = [one for one, _ in self._pruned(linears, groups)]
+        self._refine(index, block, linears, pruned, batches, state.targets, progress)
+        again = self._groups(block, linears, batches)
+        return ((regroup(pruned, group.names), Inputs(group, self.recipe)) for group in again)
 
     def _write(
         self, pruned: Iterable[tuple[Pruned, Inputs]], linears: Mapping[str, nn.Linear], add: _Add, progress: Progress
@@ -261,25 +285,55 @@ class Job:
                 yield report
 
     def _write_shared(
-        self, groups: Iterable[Group], linears: Mapping[str, nn.Linear], add: _Add, progress: Progress
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        state: _Activations,
+        add: _Add,
+        progress: Progress,
     ) -> Iterator[LayerReport]:
-        """Do the same together with other processes: each solves its share, and all get what the others found."""
-        solved: list[list[tuple[Weight, LayerReport]]] = []
-        for number, group in enumerate(self.world.groups(groups, linears)):
-            own = [group] if self.world.owner(number) == self.world.rank else []
-            solved.append([])
-            for pruned, inputs in self._pruned(linears, own):
-                with self.phases("quantize"):
-                    found = quantize_layers(pruned, inputs, self.recipe, self._value_dtype)
-                    solved[-1] += [(hub.to("cpu"), report) for hub, _, report in found]
-        for number, found_here in enumerate(solved):
-            with self.phases("share"):
-                found_there = self.world.from_one(found_here, self.world.owner(number))
-            for hub, report in found_there:
+        """Do what ``_solved`` and ``_write`` do together with other processes."""
+        pruned: list[Pruned] = []
+
+        def prune(group: Group) -> tuple[tuple[str, ...], Tensor, Tensor, Mapping[str, float]]:
+            one, _ = self._prune(linears, group)
+            return group.names, one.sparse.cpu(), one.mask.cpu(), one.ratios
+
+        def quantize(group: Group) -> list[tuple[Weight, LayerReport]]:
+            if pruned:
+                one, inputs = regroup(pruned, group.names), Inputs(group, self.recipe)
+            else:
+                one, inputs = self._prune(linears, group)
+            with self.phases("quantize"):
+                found = quantize_layers(one, inputs, self.recipe, self._value_dtype)
+                return [(hub.to("cpu"), report) for hub, _, report in found]
+
+        if self.recipe.refine:
+            for names, sparse, mask, ratios in self._shared(self._groups(block, linears, batches), linears, prune):
+                weights = {name: linears[name].weight.float() for name in names}
+                curvature = {name: damp_outputs(self._curvature[name]) for name in names if name in self._curvature}
+                pruned.append(Pruned(weights, sparse.to(self.device), mask.to(self.device), ratios, curvature))
+            self._refine(index, block, linears, pruned, batches, state.targets, progress)
+        for layers in self._shared(self._groups(block, linears, batches), linears, quantize):
+            for hub, report in layers:
                 linears[report.name].weight.copy_(hub.to(self.device).to_dense())
                 self._add_layer(add, report.name, hub)
                 progress.step(_line(report))
                 yield report
+
+    def _shared(
+        self, groups: Iterable[Group], linears: Mapping[str, nn.Linear], solve: Callable[[Group], _T]
+    ) -> Iterator[_T]:
+        """Solve each group in one of the processes; all of them get what the others found."""
+        solved: list[_T | None] = []
+        for number, group in enumerate(self.world.groups(groups, linears)):
+            solved.append(solve(group) if self.world.owner(number) == self.world.rank else None)
+        for number, own in enumerate(solved):
+            with self.phases("share"):
+                there = self.world.from_one(own, self.world.owner(number))
+            yield cast(_T, there)
 
     def _in_stages(self, batches: Sequence[tuple[BlockCall, Tensor]]) -> bool:
         """Return whether a block's forward passes run once, in stages, and not once dense and once compressed.
@@ -312,23 +366,23 @@ class Job:
                 return
             yield group
 
-    def _restore(self, index: int, shard: Path, reports: Sequence[LayerReport], state: _Activations) -> None:
-        """Put a block that is finished in place of the dense one, for the inputs of those after it."""
+    def _restore(
+        self, index: int, tensors: Mapping[str, Tensor], reports: Sequence[LayerReport], state: _Activations
+    ) -> None:
+        """Put the ``tensors`` of a finished block in place of the dense ones, for the inputs of those after it."""
         with self.phases("propagate"):
             block = self._model.load(index)
             linears = self._linears(index)
             if self.recipe.refine:
                 state.advance_targets(index, block)
-            with safe_open(shard, framework="pt") as handle:
-                names = list(handle.keys())
-                for name, parameter in block.named_parameters():  # what smoothing changed
-                    if (file_name := self._model.file_name(f"{self._model.prefix}.{index}.{name}")) in names:
-                        parameter.copy_(handle.get_tensor(file_name))
-                for report in reports:
-                    layer = self.file_name(report.name)
-                    own = [name for name in names if name.rpartition(".")[0] == layer]
-                    tensors = {name.rpartition(".")[2]: handle.get_tensor(name).to(self.device) for name in own}
-                    linears[report.name].weight.copy_(self.output.read(layer, tensors).to_dense())
+            for name, parameter in block.named_parameters():  # what smoothing changed
+                if (file_name := self._model.file_name(f"{self._model.prefix}.{index}.{name}")) in tensors:
+                    parameter.copy_(tensors[file_name])
+            for report in reports:
+                layer = self.file_name(report.name)
+                own = [name for name in tensors if name.rpartition(".")[0] == layer]
+                parts = {name.rpartition(".")[2]: tensors[name].to(self.device) for name in own}
+                linears[report.name].weight.copy_(self.output.read(layer, parts).to_dense())
             state.advance(index, block)
             self._model.release(index)
 
@@ -339,18 +393,14 @@ class Job:
 
     def _pruned(self, linears: Mapping[str, nn.Linear], groups: Iterable[Group]) -> Iterator[tuple[Pruned, Inputs]]:
         for group in groups:
-            with self.phases("prune"):
-                inputs = Inputs(group, self.recipe)
-                pruned = prune_layers({n: linears[n].weight.float() for n in group.names}, inputs, self.recipe)
-            yield pruned, inputs
+            yield self._prune(linears, group)
 
-    def _with_inputs(self, pruned: Sequence[Pruned], groups: Iterable[Group]) -> Iterator[tuple[Pruned, Inputs]]:
-        """Yield ``pruned`` again, each with the inputs that reach it now."""
-        by_name = {tuple(one.weights): one for one in pruned}
-        for group in groups:
-            with self.phases("prune"):
-                inputs = Inputs(group, self.recipe)
-            yield by_name[group.names], inputs
+    def _prune(self, linears: Mapping[str, nn.Linear], group: Group) -> tuple[Pruned, Inputs]:
+        with self.phases("prune"):
+            inputs = Inputs(group, self.recipe)
+            weights = {name: linears[name].weight.float() for name in group.names}
+            curvature = {name: self._curvature[name] for name in group.names if name in self._curvature}
+            return prune_layers(weights, inputs, self.recipe, curvature), inputs
 
     def _groups(
         self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
@@ -386,18 +436,20 @@ class Job:
         groups: Sequence[Pruned],
         batches: Sequence[tuple[BlockCall, Tensor]],
         targets: Sequence[Tensor],
-    ) -> str:
-        """Put the pruned weights into the block, train them, and take them out again; return a line on the result."""
+        progress: Progress,
+    ) -> None:
+        """Put the pruned weights into the block, train them, and take them out again."""
         places = [(pruned, name, rows) for pruned in groups for name, rows in pruned.rows()]
         for pruned, name, rows in places:
             linears[name].weight.copy_(pruned.sparse[rows])
         masks = {linears[name]: pruned.mask[rows] for pruned, name, rows in places}
         examples = [(call, x, target) for (call, x), target in zip(batches, targets, strict=True)]
-        result = refine(block, masks, examples, self.recipe.refine, self.recipe.seed)
+        with self.phases("refine"):
+            result = refine(block, masks, examples, self.recipe.refine, self.recipe.seed, self.world)
         for pruned, name, rows in places:
             pruned.sparse[rows] = linears[name].weight
             linears[name].weight = nn.Parameter(linears[name].weight.to(batches[0][1].dtype), requires_grad=False)
-        return f"block {index} refined: relative squared error {result.before:.4f} to {result.after:.4f}"
+        progress.say(f"block {index} refined: relative squared error {result.before:.4f} to {result.after:.4f}")
 
     def finish(self, writer: CheckpointWriter) -> int:
         """Write everything that is not a 2:4 layer; return the bytes of all tensors written."""
@@ -464,11 +516,11 @@ class _Activations:
         targets: the same in the dense model, which refinement works towards; empty without ``refined``.
     """
 
-    def __init__(self, model: BlockModel, tokens: Tensor | None, batch_tokens: int, refined: bool) -> None:
+    def __init__(self, model: BlockModel, sequences: Sequences | None, batch_tokens: int, refined: bool) -> None:
         self._hidden: list[Tensor] = []
         self._calls: dict[torch.Size, list[BlockCall]] = {}
-        if tokens is not None:
-            for batch in tokens.split(max(1, batch_tokens // tokens.shape[1])):
+        if sequences is not None:
+            for batch in sequences.batches(batch_tokens):
                 embedded, self._calls[batch.shape] = model.embed(batch)
                 self._hidden.append(embedded)
         self.targets = list(self._hidden) if refined else []

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from vllm_sparse.compress.admm import admm
 from vllm_sparse.compress.calibrate import Group
+from vllm_sparse.compress.coupled import (
+    coupled_error,
+    coupled_least_squares,
+    damp_outputs,
+    round_coupled,
+    row_targets,
+)
 from vllm_sparse.compress.descent import coordinate_descent
 from vllm_sparse.compress.gptq import gptq, round_to_nearest
-from vllm_sparse.compress.grid import search_grid
+from vllm_sparse.compress.grid import Grid, search_grid
 from vllm_sparse.compress.hessian import Damped, damp, energy
 from vllm_sparse.compress.least_squares import least_squares, optimum_ratio
 from vllm_sparse.compress.magnitude import magnitude_mask, wanda_mask
@@ -24,6 +31,7 @@ from vllm_sparse.scheme import Scheme, get_scheme
 from vllm_sparse.weight import nonzero_mask
 
 _SWEEPS = 2  # of coordinate descent after GPTQ; what a third gains is in the noise
+_MASKS = 2  # times a mask is chosen again for outputs that matter together
 _REFITS = 2  # of the scales to the codes, each with a sweep after it
 
 
@@ -36,7 +44,7 @@ class LayerReport:
         error: ||(W - W')X|| / ||WX|| on the calibration inputs of the compressed model; without calibration the same
             with X = 1 (the weights' own relative error).
         optimum_ratio: squared error after least squares over that of the best weights on the same mask, from 16 rows;
-            None where least squares did not run.
+            None where least squares did not run, or for all outputs together.
         dampening: share of H's mean diagonal that was added; None without calibration.
         tokens: calibration tokens that reached the layer.
         zeros: share of zero weights in the result.
@@ -63,12 +71,14 @@ class Pruned:
         sparse: the pruned weights of all of them, ``[sum of n, k]``; may be improved on ``mask`` before quantizing.
         mask: bool ``[sum of n, k]``.
         ratios: see ``LayerReport.optimum_ratio``.
+        curvature: G of each layer's outputs, positive definite ``[n, n]``, where the recipe asks for it.
     """
 
     weights: Mapping[str, Tensor]
     sparse: Tensor
     mask: Tensor
     ratios: Mapping[str, float]
+    curvature: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self) -> Iterator[tuple[str, slice]]:
         """Yield each layer's name and its rows."""
@@ -81,6 +91,19 @@ class Pruned:
     def dense(self) -> Tensor:
         """The dense weights one below the other."""
         return torch.cat(list(self.weights.values()))
+
+
+def regroup(pruned: Iterable[Pruned], names: tuple[str, ...]) -> Pruned:
+    """Return the layers ``names`` out of ``pruned``; what shares an input may have changed, among experts."""
+    places = {name: (one, rows) for one in pruned for name, rows in one.rows() if name in names}
+    own = [places[name] for name in names]
+    return Pruned(
+        weights={name: places[name][0].weights[name] for name in names},
+        sparse=torch.cat([one.sparse[rows] for one, rows in own]),
+        mask=torch.cat([one.mask[rows] for one, rows in own]),
+        ratios={name: one.ratios[name] for name, (one, _) in places.items() if name in one.ratios},
+        curvature={name: one.curvature[name] for name, (one, _) in places.items() if name in one.curvature},
+    )
 
 
 class Inputs:
@@ -113,8 +136,13 @@ class Inputs:
         return "; ".join(notes)
 
 
-def prune_layers(weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe) -> Pruned:
+def prune_layers(
+    weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe, curvature: Mapping[str, Tensor] | None = None
+) -> Pruned:
     """Choose the mask of ``weights`` (float32 ``[n, k]`` by name, one k) and the best weights on it.
+
+    Args:
+        curvature: G of the outputs of some of them, see ``output_curvature``; their rows are then solved together.
 
     Raises:
         NotSparseError: the recipe prunes nothing and a layer is not of its pattern.
@@ -127,14 +155,33 @@ def prune_layers(weights: Mapping[str, Tensor], inputs: Inputs, recipe: Recipe) 
         for name, part in weights.items():  # say which layer, before any rounding could hide what is wrong
             recipe.mask_pattern.check(part, name)
     sparse, mask = _prune(weight, inputs.h, damped, recipe)
-    pruned = Pruned(weights, sparse, mask, {})
+    pruned = Pruned(weights, sparse, mask, {}, {name: damp_outputs(g) for name, g in (curvature or {}).items()})
     if damped is not None and recipe.squares_iterations:
         pruned.sparse = least_squares(weight, sparse, mask, damped.h, recipe.squares_iterations)
         exact = damped.h.double()
         pruned.ratios = {
-            name: optimum_ratio(weight[rows], pruned.sparse[rows], mask[rows], exact) for name, rows in pruned.rows()
+            name: optimum_ratio(weight[rows], pruned.sparse[rows], mask[rows], exact)
+            for name, rows in pruned.rows()
+            if name not in pruned.curvature
         }
+        for name, rows in pruned.rows():
+            if (g := pruned.curvature.get(name)) is not None:
+                own = _couple(weight[rows], pruned.sparse[rows], mask[rows], damped.h, g, recipe)
+                pruned.sparse[rows], pruned.mask[rows] = own
     return pruned
+
+
+def _couple(
+    weight: Tensor, sparse: Tensor, mask: Tensor, h: Tensor, g: Tensor, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Return weights and mask of a layer for outputs that matter together, from those for each output alone."""
+    sparse = coupled_least_squares(weight, sparse, mask, h, g)
+    for _ in range(_MASKS if recipe.pruner == "admm" else 0):
+        start, other = admm(row_targets(weight, sparse, g), h, recipe.mask_pattern.mask)
+        new = coupled_least_squares(weight, start, other, h, g)
+        if coupled_error(new - weight, h, g) < coupled_error(sparse - weight, h, g):
+            sparse, mask = new, other
+    return sparse, mask
 
 
 def quantize_layers(
@@ -206,7 +253,20 @@ def _quantize(
         for _ in range(_REFITS):
             rounded, grid = refit_scales(sparse, rounded, damped.h, grid, recipe.scale_dtype)
             rounded = coordinate_descent(sparse, rounded, damped.h, grid, pruned.mask, 1)
+        rounded, grid = _round_coupled(pruned, rounded, damped, grid, recipe)
     return grid.encode(rounded), grid.scales.to(recipe.scale_dtype)
+
+
+def _round_coupled(pruned: Pruned, rounded: Tensor, damped: Damped, grid: Grid, recipe: Recipe) -> tuple[Tensor, Grid]:
+    """Round those layers again whose outputs matter together."""
+    scales = grid.scales.clone()
+    for name, rows in pruned.rows():
+        if (g := pruned.curvature.get(name)) is not None:
+            weight = pruned.weights[name].masked_fill(damped.dead, 0)
+            own = replace(grid, scales=scales[rows])
+            found = round_coupled(weight, rounded[rows], pruned.mask[rows], damped.h, g, own, recipe.scale_dtype)
+            rounded[rows], scales[rows] = found[0], found[1].scales
+    return rounded, replace(grid, scales=scales)
 
 
 def _relative_error(weight: Tensor, dense: Tensor, h: Tensor | None) -> float:

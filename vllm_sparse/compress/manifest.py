@@ -11,6 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from vllm_sparse.compress.layer import LayerReport
 from vllm_sparse.errors import FormatError, OutputError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter, read_json
@@ -44,9 +47,9 @@ class Manifest:
         """How many blocks are finished."""
         return len(self._blocks)
 
-    def shard(self, block: int) -> Path:
-        """Return the file that holds a finished block."""
-        return self._writer.directory / str(self._blocks[block]["shard"])
+    def tensors(self, block: int) -> dict[str, Tensor]:
+        """Return what was written of a finished block, by name."""
+        return load_file(self._shard(block))
 
     def layers(self, block: int) -> list[LayerReport]:
         """Return the reports of a finished block."""
@@ -76,7 +79,10 @@ class Manifest:
                 )
         self._blocks = saved["blocks"]
         for block in range(len(self)):
-            self._writer.adopt(self.shard(block).name)
+            self._writer.adopt(self._shard(block).name)
+
+    def _shard(self, block: int) -> Path:
+        return self._writer.directory / str(self._blocks[block]["shard"])
 
     def _write(self) -> None:
         beside = self._path.with_suffix(".new")

@@ -144,6 +144,18 @@ class BlockModel:
         """Give the memory of a block back. It cannot be loaded again."""
         self.blocks[block].to("meta")
 
+    def whole(self, dtype: torch.dtype) -> tuple[nn.Module, list[nn.Module]]:
+        """Return the dense model, all of it on the device, and its blocks; only this call needs so much memory.
+
+        Raises:
+            UnsupportedError: it has no head.
+        """
+        if self._model.get_output_embeddings() is None:
+            raise UnsupportedError(f"{self.checkpoint.path}: has no head that predicts tokens, which curvature needs")
+        model = type(self._model).from_pretrained(self.checkpoint.path, dtype=dtype)
+        model = model.to(self._device).eval().requires_grad_(False)
+        return model, list(model.get_submodule(self.prefix))
+
     @torch.no_grad()
     def embed(self, ids: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """Return the hidden states that reach the first block for ``ids`` ``[batch, length]``, and each block's call.

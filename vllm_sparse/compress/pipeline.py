@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ def compress(
     model: str | Path,
     output: str | Path,
     *,
-    calibration: str | Path | Tensor | None = None,
+    calibration: str | Path | Tensor | Iterable[Tensor] | None = None,
     device: str | torch.device | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     force: bool = False,
@@ -44,7 +44,7 @@ def compress(
     Args:
         model: directory or Hugging Face id.
         output: directory to write; it appears when it is complete, or not at all.
-        calibration: see ``load_calibration``, or token ids int64 ``[samples, length]``.
+        calibration: see ``load_calibration``, or token ids: int64 ``[samples, length]``, or a list of ``[length]``.
         device: where to compute; None: the first GPU if there is one, else the CPU.
         recipe: YAML file or mapping of options.
         force: replace what is in ``output``.
@@ -61,23 +61,22 @@ def compress(
     """
     started = time.monotonic()
     plan, world = _recipe(recipe, options, calibration), World.join()
-    if not world.alone and (plan.refine or resume):
-        raise OptionError(f"{'refine' if plan.refine else 'resume'} works in one process, not in {world.size}")
     writer = CheckpointWriter(output, force, keep=resume)
     job = Job(Checkpoint(_directory(model)), plan, _device(device, world), world)
-    tokens, described = job.calibration(calibration)
-    tokens = world.from_one(tokens)
-    job.keep_dense(tokens)
-    tokens = world.share(tokens)
+    sequences, described = job.calibration(calibration)
+    sequences = world.from_one(sequences)
+    job.keep_dense(sequences)
+    sequences = world.share(sequences)
+    job.measure_fisher(sequences)
     if not world.first:
         with Progress(len(job.chosen), quiet=True) as progress:
-            for _ in job.layers(Silent(), tokens, progress):
+            for _ in job.layers(Silent(), sequences, progress):
                 pass
         return world.from_one(cast(Report, None))
     with writer:
         manifest = Manifest(writer, _identity(job, plan, described)) if resume else None
         with Progress(len(job.chosen), quiet=quiet) as progress:
-            layers = tuple(job.layers(writer, tokens, progress, manifest))
+            layers = tuple(job.layers(writer, sequences, progress, manifest))
         bytes_after = job.finish(writer)
         report = Report(
             model=str(model),
@@ -105,7 +104,7 @@ def dry_run(
     model: str | Path,
     output: str | Path,
     *,
-    calibration: str | Path | Tensor | None = None,
+    calibration: str | Path | Tensor | Iterable[Tensor] | None = None,
     device: str | torch.device | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     force: bool = False,
@@ -115,14 +114,13 @@ def dry_run(
     plan = _recipe(recipe, options, calibration)
     CheckpointWriter(output, force)
     job = Job(Checkpoint(_directory(model)), plan, _device(device, World()))
-    tokens, _ = job.calibration(calibration)
-    job.keep_dense(tokens)
-    return make_plan(job, tokens)
+    sequences, _ = job.calibration(calibration)
+    job.keep_dense(sequences)
+    job.measure_fisher(sequences)
+    return make_plan(job, sequences)
 
 
-def _recipe(
-    recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any], calibration: str | Path | Tensor | None
-) -> Recipe:
+def _recipe(recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any], calibration: object) -> Recipe:
     """Return the recipe with ``options`` (None: not given) on top, checked against the calibration text given."""
     where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
     given = read_recipe(recipe) if isinstance(recipe, (str, Path)) else dict(recipe or {})
@@ -139,6 +137,7 @@ def _identity(job: Job, recipe: Recipe, calibration: Mapping[str, Any] | None) -
             "model": source_fingerprint(job.checkpoint),
             "calibration": None if calibration is None else calibration["sha256"],
             "device": job.device.type,
+            "processes": job.world.size,
         }
         | _versions()
         | recipe.to_dict()

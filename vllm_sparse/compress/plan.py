@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from vllm_sparse.compress.job import Job
 from vllm_sparse.compress.progress import Progress, clock
 from vllm_sparse.compress.recipe import Recipe
+from vllm_sparse.compress.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,11 @@ class Plan:
         )
 
 
-def make_plan(job: Job, tokens: Tensor | None) -> Plan:
-    """Compress the first block with one batch of ``tokens`` [samples, length], forget it, and return the plan."""
-    batch = None if tokens is None else tokens[: max(1, job.batch_tokens // tokens.shape[1])]
+def make_plan(job: Job, sequences: Sequences | None) -> Plan:
+    """Compress the first block with one batch of ``sequences``, forget it, and return the plan."""
+    batch = None if sequences is None else Sequences.of(sequences.batches(job.batch_tokens)[0])
     hidden_bytes = job.rehearse(batch, Progress(1, quiet=True))
-    batches = 1.0 if tokens is None or batch is None else tokens.numel() / batch.numel()
+    batches = 1.0 if sequences is None or batch is None else sequences.tokens / batch.tokens
     passes = sum(job.phases.seconds.get(name, 0.0) for name in ("calibrate", "propagate"))
     solving = sum(job.phases.seconds.values()) - passes
     first, whole = (sum(n * k for n, k in shapes) for shapes in (job.shapes(first_block=True), job.shapes()))
@@ -84,7 +83,7 @@ def make_plan(job: Job, tokens: Tensor | None) -> Plan:
         dense=job.dense_bytes(),
         bytes_before=sum(info.nbytes for info in job.checkpoint.tensors.values()),
         bytes_after=job.bytes_after(),
-        tokens=0 if tokens is None else tokens.numel(),
+        tokens=0 if sequences is None else sequences.tokens,
         activation_bytes=activations,
         device_bytes=None if peak is None else peak + activations,
         block_seconds=block_seconds,

@@ -37,6 +37,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dampening": (int, float),
     "refine": (int,),
     "generate": (int,),
+    "curvature": (int,),
     "ignore": (list, tuple),
     "num_samples": (int,),
     "seq_len": (int,),
@@ -63,6 +64,8 @@ class Recipe:
         refine: training steps per block on the kept weights, against the dense block's output.
         generate: sequences that the dense model writes itself, added to the calibration ones. Training on few
             sequences learns them by heart.
+        curvature: calibration sequences from which it is found what errors of a layer's outputs cost the model, all
+            together; they are then weighed by it, and made good in each other. 0: every output for itself.
         ignore: layers that stay dense, by exact name or ``re:`` and a regular expression, besides ``ALWAYS_DENSE``.
         num_samples, seq_len: calibration sequences and their length in tokens.
         seed: of the choice of sequences.
@@ -84,6 +87,7 @@ class Recipe:
     dampening: float = 0.01
     refine: int = 0
     generate: int = 0
+    curvature: int = 0
     ignore: tuple[str, ...] = ()
     num_samples: int = 128
     seq_len: int = 512
@@ -107,7 +111,7 @@ class Recipe:
         if size not in (GROUP_SIZES if scheme.grouped else (-1,)):
             wanted = ", ".join(map(str, GROUP_SIZES)) if scheme.grouped else "-1, since it has one scale per channel"
             raise OptionError(f"group size {size} does not fit scheme {scheme.name}: expected {wanted}")
-        for name, least in (("num_samples", 1), ("seq_len", 1), ("refine", 0), ("generate", 0)):
+        for name, least in (("num_samples", 1), ("seq_len", 1), ("refine", 0), ("generate", 0), ("curvature", 0)):
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.keep_dense:
@@ -157,6 +161,7 @@ class Recipe:
         others = (
             self.squares_iterations > 0
             or self.refine > 0
+            or self.curvature > 0
             or self.static_input
             or self.smooth > 0
             or bool(self.keep_dense)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vllm_sparse.compress.model import BlockCall
+from vllm_sparse.compress.world import World
 
 # A step moves a weight by at most this share of the layer's root mean square at first, and by nothing at the end.
 _LEARNING_RATE = 0.01
@@ -31,6 +32,7 @@ def refine(
     batches: Sequence[tuple[BlockCall, Tensor, Tensor]],
     steps: int,
     seed: int,
+    world: World,
 ) -> Refinement:
     """Train the weights that ``masks`` keep with Adam; everything else stays as it is, and pruned weights stay zero.
 
@@ -41,17 +43,21 @@ def refine(
             so that the errors of the blocks before are worked against as well.
         steps: one batch each.
         seed: of the order of the batches.
+        world: the processes that train together, each on batches of its own: a step is one of every process.
     """
     hooks = [_train_kept(linear, mask) for linear, mask in masks.items()]
     same = len({x.shape for _, x, _ in batches}) == 1
-    trainer = _Trainer(block, list(masks), steps, capture=same and batches[0][1].is_cuda)
+    # Communication between processes is not captured.
+    trainer = _Trainer(block, list(masks), steps, world, capture=same and batches[0][1].is_cuda and world.alone)
+    rounds = world.most(len(batches), batches[0][1].device)
     losses = []
     order: list[int] = []
     shuffle = random.Random(seed)
     for _ in range(steps):
         if not order:
-            order = shuffle.sample(range(len(batches)), len(batches))
-        losses.append(trainer.step(*batches[order.pop()]))
+            order = shuffle.sample(range(rounds), rounds)
+        number = order.pop()
+        losses.append(trainer.step(*batches[number]) if number < len(batches) else trainer.step_without_batch())
     for hook in hooks:
         hook.remove()
     for linear in masks:
@@ -74,8 +80,9 @@ class _Trainer:
     A step of a small block is hundreds of kernels of microseconds each. On a GPU they are captured once, as a graph.
     """
 
-    def __init__(self, block: nn.Module, linears: Sequence[nn.Linear], steps: int, capture: bool) -> None:
+    def __init__(self, block: nn.Module, linears: Sequence[nn.Linear], steps: int, world: World, capture: bool) -> None:
         self._block, self._steps, self._done, self._capture = block, steps, 0, capture
+        self._world, self._weights = world, [linear.weight for linear in linears]
         device = linears[0].weight.device
         self._first = [_LEARNING_RATE * float(linear.weight.square().mean().sqrt()) for linear in linears]
         # Tensors where the step is captured, which would keep the value of a number.
@@ -86,10 +93,7 @@ class _Trainer:
 
     def step(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
         """Learn from one batch; return the relative squared error before it, a tensor without dimensions."""
-        for group, first in zip(self._optimizer.param_groups, self._first, strict=True):
-            rate = first * (1 - self._done / self._steps)
-            group["lr"] = group["lr"].fill_(rate) if self._capture else rate
-        self._done += 1
+        self._set_rates()
         if not self._capture:
             return self._learn(call, x, target)
         if self._graph is None:
@@ -103,16 +107,40 @@ class _Trainer:
         self._graph.replay()
         return self._loss.clone()
 
+    def step_without_batch(self) -> Tensor:
+        """Learn from what the other processes have, which have a batch more."""
+        self._set_rates()
+        nothing = torch.zeros((), device=self._weights[0].device)
+        self._world.sum(nothing.clone())
+        for weight in self._weights:
+            weight.grad = torch.zeros_like(weight)
+        return self._move(nothing)
+
+    def _set_rates(self) -> None:
+        for group, first in zip(self._optimizer.param_groups, self._first, strict=True):
+            rate = first * (1 - self._done / self._steps)
+            group["lr"] = group["lr"].fill_(rate) if self._capture else rate
+        self._done += 1
+
     def _learn(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
         with torch.enable_grad():
             half = x.dtype != torch.float32
             with torch.autocast(x.device.type, torch.bfloat16, enabled=half, cache_enabled=not self._capture):
                 output = call.run(self._block, x)
-            loss = (output.float() - target.float()).square().sum() / target.float().square().sum()
+            size = self._world.sum(target.float().square().sum())  # of the batches of all processes
+            loss = (output.float() - target.float()).square().sum() / size
         self._optimizer.zero_grad()
         loss.backward()
+        return self._move(loss.detach())
+
+    def _move(self, loss: Tensor) -> Tensor:
+        """Take the step that the gradients of all processes ask for together; return their losses' sum."""
+        for weight in () if self._world.alone else self._weights:
+            if weight.grad is None:  # an expert that no token here was sent to, but perhaps one of another process
+                weight.grad = torch.zeros_like(weight)
+            self._world.sum(weight.grad)
         self._optimizer.step()
-        return loss.detach()
+        return self._world.sum(loss)
 
     def _learn_aside(self, call: BlockCall, x: Tensor, target: Tensor) -> Tensor:
         """Learn on another stream, as capturing wants it of the steps before."""

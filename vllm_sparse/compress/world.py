@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vllm_sparse.compress.calibrate import Group
-from vllm_sparse.errors import OptionError
+from vllm_sparse.compress.sequences import Sequences
 
 _TIMEOUT = timedelta(hours=2)  # of one block's layers, for which the others wait
 _T = TypeVar("_T")
@@ -63,17 +63,9 @@ class World:
         """Return which process solves the ``number``-th group of layers of a block."""
         return number % self.size
 
-    def share(self, tokens: Tensor | None) -> Tensor | None:
-        """Return this process's rows of token ids ``[samples, length]``.
-
-        Raises:
-            OptionError: there are fewer rows than processes.
-        """
-        if tokens is None or self.alone:
-            return tokens
-        if len(tokens) < self.size:
-            raise OptionError(f"{len(tokens)} calibration sequences are too few for {self.size} processes")
-        return tokens[self.rank :: self.size]
+    def share(self, sequences: Sequences | None) -> Sequences | None:
+        """Return this process's share of the calibration text; see ``Sequences.share``."""
+        return sequences if sequences is None or self.alone else sequences.share(self.rank, self.size)
 
     def from_one(self, value: _T, source: int = 0) -> _T:
         """Return the ``value`` that process ``source`` has."""
@@ -88,6 +80,16 @@ class World:
         if not self.alone:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of each entry over all processes; changes ``tensor``."""
+        if not self.alone:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, count: int, device: torch.device) -> int:
+        """Return the largest ``count`` among all processes."""
+        return int(self.largest(torch.tensor([count], device=device)))
 
     def agree(self, answer: bool, device: torch.device) -> bool:
         """Return whether the answer is yes in every process."""
@@ -117,7 +119,7 @@ class World:
                 if group.largest is not None:
                     largest = group.largest.float().reshape(1)
             dist.reduce(total, self.owner(number))
-            dist.all_reduce(tokens)
+            self.sum(tokens)
             self.largest(largest)
             count = int(tokens)
             top = largest[0] if float(largest) >= 0 else None
