@@ -18,6 +18,7 @@ from vllm_sparse.compress.generate import generate
 from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers
 from vllm_sparse.compress.manifest import Manifest
+from vllm_sparse.compress.memory import keep_freed_memory
 from vllm_sparse.compress.model import BlockCall, BlockModel
 from vllm_sparse.compress.output import Weight, make_output
 from vllm_sparse.compress.phases import Phases
@@ -50,6 +51,8 @@ class Job:
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.device = device
+        if device.type == "cpu":
+            keep_freed_memory()
         self.phases = Phases(device)
         self._leaders: dict[tuple[str, ...], dict[str, str]] = {}
         self.batch_tokens = _BATCH_TOKENS.get(device.type, 8192)
