@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import vllm_sparse
-from benchmarks.rival import RIVAL, rival_python
 from vllm_sparse.compress import compress
 from vllm_sparse.compress.evaluate import load_dense, negative_log_likelihood
 from vllm_sparse.weight import count_violations
@@ -44,6 +43,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-int8": {"scheme": "int8"},
     "ours-refine": {"scheme": "bf16", "refine": 400, "generate": 896},
 }
+RIVAL = "llmcompressor==0.14.0.1"
 RIVALS = {"llmc-sparsegpt": "sparsegpt", "llmc-sparsegpt-gptq-remasked": "sparsegpt-gptq-remasked"}
 COMPARED = {
     "ours-one-shot": "llmc-sparsegpt",
@@ -73,6 +73,18 @@ def sequences(ids: Tensor, count: int, length: int, seed: int | None) -> Tensor:
     if seed is None:
         return rows[torch.linspace(0, len(rows) - 1, count).long()]
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def rival_python(environment: Path) -> Path:
+    """Return the interpreter of the rival's ``environment``, which is made first where there is none."""
+    python, done = environment / "bin" / "python", environment / "complete"
+    if not done.exists():  # or an installation was cut short
+        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+        # The same torch as here first: both sides then multiply with the same libraries.
+        for package in (f"torch=={torch.__version__.partition('+')[0]}", RIVAL):
+            subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
+        done.touch()
+    return python
 
 
 def is_2of4(model: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Seconds that compressing a model takes on a CPU, llm-compressor and this package in turns.
 
-    python benchmarks/compress_speed.py MODEL --rival ENV -o benchmarks/results/<machine>/compress-speed-NAME.json
+    python -m benchmarks.compress_speed MODEL --rival ENV -o benchmarks/results/<machine>/compress-speed-NAME.json
 
 Both are given the same tokens and the same recipe file of llm-compressor, each in a process of its own, the first one
 of a pair by turns. The rival runs with its defaults (one sequence at a time, one calibration for each modifier); with
@@ -33,10 +33,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-if __package__ in (None, ""):  # started as a file
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.accuracy import library_tokens, sequences
-from benchmarks.rival import RIVAL, rival_python
+from benchmarks.accuracy import RIVAL, library_tokens, rival_python, sequences
 
 SPARSEGPT = """\
 sparsity_stage:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vllm_sparse.compress.grid import Grid, storable
 from vllm_sparse.compress.hessian import energy
+from vllm_sparse.compress.products import product
 
 
 def refit_scales(
@@ -28,11 +29,11 @@ def refit_scales(
     groups = grid.scales.shape[1]
     codes = grid.encode(rounded).to(weight.dtype)
     size = weight.shape[1] // groups
-    target = ((weight @ h) * codes).unflatten(1, (groups, size)).sum(-1)
+    target = (product(weight, h) * codes).unflatten(1, (groups, size)).sum(-1)
     normal = torch.empty(len(weight), groups, groups, dtype=weight.dtype, device=weight.device)
     for g in range(groups):
         own = slice(g * size, (g + 1) * size)
-        normal[:, g] = ((codes[:, own] @ h[own]) * codes).unflatten(1, (groups, size)).sum(-1)
+        normal[:, g] = (product(codes[:, own], h[:, own]) * codes).unflatten(1, (groups, size)).sum(-1)
     diagonal = normal.diagonal(dim1=1, dim2=2)
     empty = diagonal <= 0  # a group whose codes are all zero keeps its scale
     diagonal += torch.where(empty, 1.0, 1e-6 * diagonal)
