@@ -4,9 +4,9 @@
 
 Both are given the same tokens and the same recipe file of llm-compressor, each in a process of its own, the first one
 of a pair by turns. The rival runs with its defaults (one sequence at a time, one calibration for each modifier); with
-``--search N`` its other settings are tried first, on N sequences. Pairs go on, from the largest number of threads to
-the smallest, until there are ``--pairs`` of each or ``--minutes`` have passed; after them come our own defaults, which
-do more than the rival's recipe. For a quick look: ``--sequences 8 --pairs 1``.
+``--search N`` its other settings are tried first, on N sequences. ``--pairs`` is one number for each of ``--threads``;
+none is begun after ``--minutes``. Last come our own defaults, which do more than the rival's recipe. For a quick look:
+``--sequences 8 --pairs 1 1``.
 
 Every sample is written, with seconds of the call (of the rival, ``oneshot`` alone; of ours everything from the files of
 one model to the verified files of the other) and of the whole process; ratios are of medians of the call. ENV is the
@@ -57,6 +57,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
         self.args, self.work = args, work
+        self.end = time.monotonic() + 60 * args.minutes
         self.python = {"ours": Path(sys.executable), "rival": rival_python(args.rival)}
         self.rows: list[dict[str, Any]] = []
         self.search: list[dict[str, Any]] = []
@@ -110,9 +111,14 @@ class Bench:
 
     def pairs(self) -> None:
         """Run pairs, the first of each by turns."""
-        end = time.monotonic() + 60 * self.args.minutes
-        for number, threads, recipe in itertools.product(range(self.args.pairs), self.args.threads, RECIPES):
-            if time.monotonic() > end:
+        wanted = [
+            (number, threads)
+            for number in range(max(self.args.pairs))
+            for threads, pairs in zip(self.args.threads, self.args.pairs, strict=True)
+            if number < pairs
+        ]
+        for (number, threads), recipe in itertools.product(wanted, RECIPES):
+            if time.monotonic() > self.end:
                 break
             for tool in ("rival", "ours") if number % 2 == 0 else ("ours", "rival"):
                 settings = RIVAL_DEFAULT if tool == "rival" else {}
@@ -168,7 +174,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--rival", type=Path, required=True, help=f"environment of {RIVAL}, made where there is none")
-    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[3, 1])
     parser.add_argument("--minutes", type=float, default=60, help="begin no pair after that")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--sequences", type=int, default=128)

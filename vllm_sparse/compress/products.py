@@ -1,4 +1,4 @@
-"""Products and factors of float32 matrices. On a CPU they go to oneDNN, which is up to twice as fast as MKL on AMD's."""
+"""Products and factors of float32 matrices. A CPU leaves them to oneDNN, twice as fast as MKL on AMD's."""
 
 from __future__ import annotations
 

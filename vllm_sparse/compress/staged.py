@@ -2,8 +2,8 @@
 
 Calibrating and then propagating runs every block twice. Here the forward pass of each batch is a thread that stops in
 front of the first layer whose weight is still dense. When all of them have stopped, their inputs are added to that
-layer's H in the order of the batches, the layer is compressed, and they go on with its new weight. As many passes run at
-once as torch may use cores, each on its share of them: none waits for another within an operation, and sums do not
+layer's H in the order of the batches, the layer is compressed, and they go on with its new weight. As many passes run
+at once as torch may use cores, each on its share of them: none waits for another within an operation, and sums do not
 depend on which comes first.
 """
 
