@@ -122,12 +122,10 @@ def compress_speed(data: dict[str, Any], file: Path) -> list[str]:
         cells = ["–" if ratio is None else f"{ratio:.1f}x" for ratio in ratios]
         rows.append([f"{row['recipe']} / {row['against']}", str(row["threads"]), f"{seconds:.1f}", *cells])
     size = data["calibration"]
-    versions = ", ".join(
-        f"{name} {number}" for tool in ("ours", "rival") for name, number in data["versions"][tool].items()
-    )
+    versions = {f"{tool}, {name}": text for tool in ("ours", "rival") for name, text in data["versions"][tool].items()}
     head = (
-        f"**{data['model']}**: seconds of compress with {size['sequences']} x {size['length']} tokens, and times as long "
-        f"that {data['rival']} takes for its recipe; {data['date']}, {versions} ([{file.name}]({file.relative_to(ROOT)}))"
+        f"**{data['model']}**: seconds of compress with {size['sequences']} x {size['length']} tokens, and how many "
+        f"times that {data['rival']} takes for its recipe; {_described(data | {'versions': versions}, file)}"
     )
     columns = ["ours / rival's", "threads", "seconds", "same threads", "rival's best threads", "CPU", "process"]
     return [head, "", table(columns, rows), ""]

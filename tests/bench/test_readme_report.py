@@ -52,7 +52,7 @@ def test_compress_results_become_seconds_and_ratios(tmp_path, monkeypatch):
     write(tmp_path / "cpu", "compress-shapes.json", {"model": "random", "rows": [row | {"phases": phases}]})
     text = report.section(tmp_path)
     assert "| sparsegpt / sparsegpt | 2 | 10.0 | 5.0x | – | 4.5x | – |" in text
-    assert "with 8 x 4 tokens" in text and "2026-01-02, torch 1, llmcompressor 2" in text
+    assert "with 8 x 4 tokens" in text and "2026-01-02, ours, torch 1, rival, llmcompressor 2" in text
     assert "| tiny | 2 | 8 x 4 | 3.00 | 0.75 | 2.00 |" in text
 
 
