@@ -19,7 +19,7 @@ from vllm_sparse.compress.grid import search_grid
 from vllm_sparse.compress.hessian import Hessian, damp
 from vllm_sparse.compress.model import BlockCall
 from vllm_sparse.compress.products import cholesky, inverse_of_lower, product, product_plus, subtract_product
-from vllm_sparse.compress.staged import StagedBlock, find_leaders
+from vllm_sparse.compress.staged import StagedBlock, find_leaders, run_side_by_side
 from vllm_sparse.scheme import get_scheme
 
 needs_columns = pytest.mark.skipif(
@@ -89,18 +89,18 @@ def test_attention_is_torchs(length, heads, shared):
 class Block(nn.Module):
     """Two layers of one input, one after them, and one that nobody calls."""
 
-    def __init__(self):
+    def __init__(self, size):
         super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.a, self.b, self.c, self.d = (nn.Linear(size, size, bias=False) for _ in range(4))
 
     def forward(self, x):
         return self.c(self.a(x) * self.b(x))
 
 
-def staged_block(seed=3):
-    torch.manual_seed(seed)
-    block = Block().requires_grad_(False)
-    batches = [(BlockCall((), {}), torch.randn(2, 5, 8)) for _ in range(3)]
+def staged_block(size=8, length=5, dtype=torch.float32):
+    torch.manual_seed(3)
+    block = Block(size).requires_grad_(False).to(dtype)
+    batches = [(BlockCall((), {}), torch.randn(2, length, size, dtype=dtype)) for _ in range(3)]
     linears = {f"block.{name}": layer for name, layer in block.named_children()}
     leaders = find_leaders(block, linears, batches[0])
     return block, batches, linears, StagedBlock(block, linears, batches, leaders, ranges=True, to_the_end=True)
@@ -139,13 +139,16 @@ def test_stages_end_when_they_are_abandoned_and_pass_errors_on():
     staged.close()
 
 
+@needs_gram
 def test_passes_side_by_side_see_what_they_see_one_after_another():
     def run(threads):
         torch.set_num_threads(threads)
-        _, _, _, staged = staged_block()
+        block, batches, _, staged = staged_block(256, 300, torch.bfloat16)
         groups = list(staged.groups())
         staged.close()
         assert torch.get_num_threads() == threads
+        again = run_side_by_side(block, batches)  # as a resumed run does
+        assert all(torch.equal(*both) for both in zip(staged.outputs(), again, strict=True))
         return [group.h for group in groups if group.h is not None], staged.outputs()
 
     before = torch.get_num_threads()

@@ -28,7 +28,7 @@ from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
 from vllm_sparse.compress.sensitivity import choose_dense
 from vllm_sparse.compress.smooth import smooth
-from vllm_sparse.compress.staged import StagedBlock, find_leaders
+from vllm_sparse.compress.staged import StagedBlock, find_leaders, run_side_by_side
 from vllm_sparse.compress.world import Silent, World
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
@@ -332,7 +332,10 @@ class Job:
                     own = [name for name in names if name.rpartition(".")[0] == layer]
                     tensors = {name.rpartition(".")[2]: handle.get_tensor(name).to(self.device) for name in own}
                     linears[report.name].weight.copy_(self.output.read(layer, tensors).to_dense())
-            state.advance(index, block)
+            if self._in_stages(batches := state.batches(index)):
+                state.replace(run_side_by_side(block, batches))
+            else:
+                state.advance(index, block)
             self._model.release(index)
 
     def _linears(self, index: int) -> dict[str, nn.Linear]:

@@ -94,6 +94,16 @@ def find_leaders(block: nn.Module, linears: Mapping[str, nn.Linear], batch: tupl
     return {name: hessians.leader(name) for name in linears}
 
 
+def run_side_by_side(block: nn.Module, batches: Sequence[tuple[BlockCall, Tensor]]) -> list[Tensor]:
+    """Return what ``block`` makes of each batch, by the same operations as in stages, and so to the same bits."""
+    passes = StagedBlock(block, {}, batches, {}, ranges=False, to_the_end=True)
+    try:
+        assert not list(passes.groups())  # there is no layer to stop at
+        return passes.outputs()
+    finally:
+        passes.close()
+
+
 class StagedBlock:
     """The forward passes of one block, layer by layer.
 
