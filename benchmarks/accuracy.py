@@ -110,6 +110,7 @@ class Run:
         self.args = args
         self.rows: list[dict[str, Any]] = []
         self.likelihoods: dict[tuple[str, int], Tensor] = {}
+        self.rival: list[dict[str, Any]] = []  # what it says of itself, by draw
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.calibration = library_tokens(tokenizer, evaluation=False)
         self.evaluation = sequences(library_tokens(tokenizer, evaluation=True), args.eval_sequences, 1024, None)
@@ -147,6 +148,7 @@ class Run:
                 [rival_python(self.args.rival), script, self.args.model, out.with_suffix(".pt"), out], check=True
             )
         told = json.loads((out / "rival.json").read_text())
+        self.rival.append({"draw": number} | told)
         seconds = (told["sparsegpt_seconds"], told["sparsegpt_seconds"] + told["gptq_seconds"])
         for (method, name), took in zip(RIVALS.items(), seconds, strict=True):
             self.score(method, number, out / name, round(took, 1))
@@ -166,6 +168,8 @@ class Run:
             if (bf16 := self.likelihoods.get(("ours-one-shot", draw))) is not None
         ]
         versions = {"vllm-sparse": vllm_sparse.__version__, "torch": torch.__version__}
+        if self.rival:
+            versions["llmcompressor"] = self.rival[0]["version"]
         return {
             "machine": self.args.machine,
             "date": date.today().isoformat(),
@@ -176,6 +180,7 @@ class Run:
             "rows": self.rows,
             "recovered": gaps,
             "fp8_against_bf16": rounding,
+            "rival": self.rival,
         }
 
 
