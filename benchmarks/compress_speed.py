@@ -50,6 +50,7 @@ DEFAULTS = {"default-bf16": "scheme: bf16\n", "default-w4a16": "scheme: w4a16\n"
 COMPARED = {name: name for name in RECIPES} | {"default-bf16": "sparsegpt", "default-w4a16": "sparsegpt-gptq"}
 RIVAL_DEFAULT = {"batch_size": 1, "pipeline": "independent"}
 RIVAL_OTHERS = [{"batch_size": 8, "pipeline": "independent"}, {"batch_size": 1, "pipeline": "sequential"}]
+WAITS = ("passive", "")  # how threads wait for each other: asleep, as `vllm-sparse compress` asks for, or the default
 
 
 class Bench:
@@ -62,12 +63,13 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.search: list[dict[str, Any]] = []
         self.versions: dict[str, dict[str, str]] = {}
+        self.rival_wait = WAITS[0]
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.tokens = sequences(library_tokens(tokenizer, evaluation=False), args.sequences, args.length, 0)
         for name, text in (RECIPES | DEFAULTS).items():
             (work / f"{name}.yaml").write_text(text)
 
-    def run(self, tool: str, recipe: str, threads: int, count: int, **settings: Any) -> dict[str, Any]:
+    def run(self, tool: str, recipe: str, threads: int, count: int, wait: str, **settings: Any) -> dict[str, Any]:
         """Run one tool in a process of its own on the first ``count`` sequences; return the sample."""
         tokens, job, out = self.work / "tokens.pt", self.work / "job.json", self.work / "out"
         torch.save(self.tokens[:count].clone(), tokens)
@@ -79,7 +81,7 @@ class Bench:
         # Both sides find their modules compiled from the second process on, whatever this environment says.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPYCACHEPREFIX": str(self.work / f"{tool}-pycache")}
-        environment |= {"PYTHONPATH": path} if tool == "ours" else {"PYTHONPATH": ""}
+        environment |= {"PYTHONPATH": path if tool == "ours" else ""} | ({"OMP_WAIT_POLICY": wait} if wait else {})
         with (self.work / "output.txt").open("w+") as output:
             started = time.monotonic()
             process = subprocess.Popen([self.python[tool], script, job], stdout=output, stderr=output, env=environment)
@@ -93,21 +95,36 @@ class Bench:
         call = json.loads(text.splitlines()[-1])
         assert call["threads"] == threads
         self.versions[tool] = call["versions"]
-        sample = {"tool": tool, "recipe": recipe, "threads": threads, "sequences": count} | settings
+        sample = {"tool": tool, "recipe": recipe, "threads": threads, "wait": wait or "default", "sequences": count}
+        sample |= settings
         sample |= {"call_wall": round(call["wall"], 2), "call_cpu": round(call["cpu"], 2)}
         cpu = usage.ru_utime + usage.ru_stime
         sample |= {"process_wall": round(wall, 2), "process_cpu": round(cpu, 2), "peak_mb": usage.ru_maxrss >> 10}
         print("  ".join(f"{key} {value}" for key, value in sample.items()), flush=True)
         return sample
 
+    def sample(self, tool: str, recipe: str, threads: int, count: int) -> dict[str, Any]:
+        """Run a tool as it is compared."""
+        if tool == "rival":
+            return self.run(tool, recipe, threads, count, self.rival_wait, **RIVAL_DEFAULT)
+        return self.run(tool, recipe, threads, count, WAITS[0])
+
     def search_settings(self) -> None:
-        """Try the rival's settings on few sequences, for whoever asks whether others suit it better."""
+        """Try the rival's settings on few sequences, and let its threads wait in the way that suits it better."""
+        count, most = self.args.search, max(self.args.threads)
+
+        def tried(recipe: str, threads: int, wait: str, settings: dict[str, Any]) -> float:
+            self.search.append(self.run("rival", recipe, threads, count, wait, **settings))
+            self.write()
+            return self.search[-1]["call_wall"]
+
+        self.rival_wait = min(WAITS, key=lambda wait: tried("sparsegpt", most, wait, RIVAL_DEFAULT))
         for recipe, threads in itertools.product(RECIPES, self.args.threads):
             for settings in (RIVAL_DEFAULT, *RIVAL_OTHERS):
                 if recipe == "sparsegpt" and settings["pipeline"] == "sequential":
                     continue  # of one modifier, it is the same
-                self.search.append(self.run("rival", recipe, threads, self.args.search, **settings))
-                self.write()
+                if (recipe, threads, settings) != ("sparsegpt", most, RIVAL_DEFAULT):
+                    tried(recipe, threads, self.rival_wait, settings)
 
     def pairs(self) -> None:
         """Run pairs, the first of each by turns."""
@@ -121,12 +138,10 @@ class Bench:
             if time.monotonic() > self.end:
                 break
             for tool in ("rival", "ours") if number % 2 == 0 else ("ours", "rival"):
-                settings = RIVAL_DEFAULT if tool == "rival" else {}
-                sample = self.run(tool, recipe, threads, self.args.sequences, **settings)
-                self.rows.append({"pair": number} | sample)
+                self.rows.append({"pair": number} | self.sample(tool, recipe, threads, self.args.sequences))
                 self.write()
         for threads, recipe in itertools.product(self.args.threads[:1], DEFAULTS):
-            self.rows.append({"pair": 0} | self.run("ours", recipe, threads, self.args.sequences))
+            self.rows.append({"pair": 0} | self.sample("ours", recipe, threads, self.args.sequences))
             self.write()
 
     def ratios(self) -> list[dict[str, Any]]:
@@ -185,7 +200,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(args, Path(work))
         for tool in bench.python:  # compiles what both import
-            bench.run(tool, "sparsegpt", args.threads[0], 1, **(RIVAL_DEFAULT if tool == "rival" else {}))
+            bench.sample(tool, "sparsegpt", args.threads[0], 1)
         if args.search:
             bench.search_settings()
         bench.pairs()
