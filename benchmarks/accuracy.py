@@ -81,10 +81,13 @@ def sequences(ids: Tensor, count: int, length: int, seed: int | None) -> Tensor:
 
 def rival_python(environment: Path) -> Path:
     """Return the interpreter of the rival's ``environment``, which is made first where there is none."""
-    python = environment / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", RIVAL], check=True)
+    python, done = environment / "bin" / "python", environment / "complete"
+    if not done.exists():  # or an installation was cut short
+        subprocess.run([sys.executable, "-m", "venv", "--clear", environment], check=True)
+        # The same torch as here first: both sides then multiply with the same libraries.
+        for package in (f"torch=={torch.__version__.partition('+')[0]}", RIVAL):
+            subprocess.run([python, "-m", "pip", "install", "-q", package], check=True)
+        done.touch()
     return python
 
 
@@ -111,6 +114,7 @@ class Run:
         self.args = args
         self.rows: list[dict[str, Any]] = []
         self.likelihoods: dict[tuple[str, int], Tensor] = {}
+        self.rival: list[dict[str, Any]] = []  # what it says of itself, by draw
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.calibration = library_tokens(tokenizer, evaluation=False)
         self.evaluation = sequences(library_tokens(tokenizer, evaluation=True), args.eval_sequences, 1024, None)
@@ -148,6 +152,7 @@ class Run:
                 [rival_python(self.args.rival), script, self.args.model, out.with_suffix(".pt"), out], check=True
             )
         told = json.loads((out / "rival.json").read_text())
+        self.rival.append({"draw": number} | told)
         seconds = (told["sparsegpt_seconds"], told["sparsegpt_seconds"] + told["gptq_seconds"])
         for (method, name), took in zip(RIVALS.items(), seconds, strict=True):
             self.score(method, number, out / name, round(took, 1))
@@ -167,6 +172,8 @@ class Run:
             if (bf16 := self.likelihoods.get(("ours-one-shot", draw))) is not None
         ]
         versions = {"vllm-sparse": vllm_sparse.__version__, "torch": torch.__version__}
+        if self.rival:
+            versions["llmcompressor"] = self.rival[0]["version"]
         return {
             "machine": self.args.machine,
             "date": date.today().isoformat(),
@@ -177,6 +184,7 @@ class Run:
             "rows": self.rows,
             "recovered": gaps,
             "fp8_against_bf16": rounding,
+            "rival": self.rival,
         }
 
 

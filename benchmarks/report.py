@@ -9,9 +9,10 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
+from benchmarks.plot_compress import PHASES
 from vllm_sparse.bench.report import (
     accuracy_table,
     decode_table,
@@ -135,6 +136,40 @@ def accuracy(data: dict[str, Any], file: Path) -> list[str]:
     return [head, "", table(["method", "mean", "range", "draws", "valid 2:4", "seconds"], cells), ""]
 
 
+def compress_speed(data: dict[str, Any], file: Path) -> list[str]:
+    """Return a table of the seconds of our runs and how many times as long the rival takes."""
+    rows = []
+    for row in data["ratios"]:
+        own = [one for one in data["rows"] if one["tool"] == "ours"]
+        own = [one for one in own if (one["recipe"], one["threads"]) == (row["recipe"], row["threads"])]
+        seconds = median(one["call_wall"] for one in own)
+        ratios = [row.get(what) for what in ("call_wall", "call_wall_against_best", "call_cpu", "process_wall")]
+        cells = ["–" if ratio is None else f"{ratio:.1f}x" for ratio in ratios]
+        rows.append([f"{row['recipe']} / {row['against']}", str(row["threads"]), f"{seconds:.1f}", *cells])
+    size = data["calibration"]
+    versions = {f"{tool}, {name}": text for tool in ("ours", "rival") for name, text in data["versions"][tool].items()}
+    head = (
+        f"**{data['model']}**: seconds of compress with {size['sequences']} x {size['length']} tokens, and how many "
+        f"times that {data['rival']} takes for its recipe; {_described(data | {'versions': versions}, file)}"
+    )
+    columns = ["ours / rival's", "threads", "seconds", "same threads", "rival's best threads", "CPU", "process"]
+    return [head, "", table(columns, rows), ""]
+
+
+def compress_shapes(data: dict[str, Any], file: Path) -> list[str]:
+    """Return a table of seconds over blocks and sequences, and the picture of both curves."""
+    rows = []
+    for row in data["rows"]:
+        seconds = [sum(row["phases"].get(name, 0.0) for name in names) for names in PHASES.values()]
+        size = f"{row['sequences']} x {row['length']}"
+        rows.append([row["shapes"], str(row["blocks"]), size, f"{row['seconds']:.2f}", *(f"{x:.2f}" for x in seconds)])
+    head = f"**Compressing**, {data['model']}: seconds; {_described(data, file)}"
+    names = [", ".join(names) for names in PHASES.values()]
+    parts = [head, "", table(["shapes", "blocks", "tokens", "all", *names], rows), ""]
+    plot = file.with_suffix(".svg")
+    return parts + ([f"![{plot.stem}]({plot.relative_to(ROOT)})\n"] if plot.exists() else [])
+
+
 def serving(data: dict[str, Any], file: Path) -> list[str]:
     """Return the latency, throughput, accuracy and memory tables of one run of ``vllm-sparse bench``."""
     summary = Summary(data)
@@ -167,6 +202,10 @@ def section(results: Path) -> str:
                 parts += linear(data, file)
             elif file.name.startswith("accuracy-"):
                 parts += accuracy(data, file)
+            elif file.name.startswith("compress-speed-"):
+                parts += compress_speed(data, file)
+            elif file.name.startswith("compress-"):
+                parts += compress_shapes(data, file)
         if parts:
             lines += [f"### {machine.name}", "", *parts]
     return "\n".join(lines).strip()

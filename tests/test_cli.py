@@ -21,6 +21,19 @@ def test_unknown_command(capsys):
     assert "vllm-sparse: error: unknown command 'comprss'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
+def test_compress_does_not_spin_unless_asked_to(monkeypatch, before, after):
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", before)
+    seen = []
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: seen.append(cli.os.environ["OMP_WAIT_POLICY"]))
+    with pytest.raises(AttributeError):  # what was imported here has no command
+        cli.main(["compress"])
+    assert seen == [after]
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as stop:

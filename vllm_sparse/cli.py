@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"vllm-sparse: error: unknown command {argv[0]!r}\n\n{_overview()}", file=sys.stderr)
         return 2
+    if argv[0] == "compress":
+        # Read when torch is imported. Threads that spin while they wait for each other take several times as long
+        # wherever another program wants a core too, and gain little where none does.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module_name, what = COMMANDS[argv[0]]
     try:
         module = importlib.import_module(module_name)

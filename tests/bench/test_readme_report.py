@@ -2,7 +2,9 @@
 
 import json
 
-from benchmarks import report
+import pytest
+
+from benchmarks import plot_compress, report
 
 VERSIONS = {"torch": "2.11.0", "vllm": "0.26.0"}
 
@@ -48,6 +50,38 @@ def test_accuracy_results_become_means_over_draws(tmp_path, monkeypatch):
     write(tmp_path / "cpu", "accuracy-pyllama.json", {"model": "/models/pyllama", "rows": rows})
     text = report.section(tmp_path)
     assert "**pyllama**" in text and "| ours-w4a16 | 3.0000 | 2.0000 … 4.0000 | 3 | yes | 60 |" in text
+
+
+def test_compress_results_become_seconds_and_ratios(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    rows = [{"tool": "ours", "recipe": "sparsegpt", "threads": 2, "call_wall": seconds} for seconds in (9, 10, 30)]
+    ratios = [{"recipe": "sparsegpt", "against": "sparsegpt", "threads": 2, "call_wall": 5.0, "call_cpu": 4.5}]
+    versions = {"ours": {"torch": "1"}, "rival": {"llmcompressor": "2"}}
+    told = {"model": "p", "calibration": {"sequences": 8, "length": 4}, "rival": "l==2", "rows": rows, "ratios": ratios}
+    write(tmp_path / "cpu", "compress-speed-p.json", told | {"versions": versions})
+    row = {"shapes": "tiny", "blocks": 2, "sequences": 8, "length": 4, "seconds": 3.0}
+    phases = {"calibrate": 0.25, "propagate": 0.5, "prune": 1.0, "quantize": 1.0, "write": 0.25}
+    write(tmp_path / "cpu", "compress-shapes.json", {"model": "random", "rows": [row | {"phases": phases}]})
+    text = report.section(tmp_path)
+    assert "| sparsegpt / sparsegpt | 2 | 10.0 | 5.0x | – | 4.5x | – |" in text
+    assert "with 8 x 4 tokens" in text and "2026-01-02, ours, torch 1, rival, llmcompressor 2" in text
+    assert "| tiny | 2 | 8 x 4 | 3.00 | 0.75 | 2.00 |" in text
+
+
+def test_the_curves_of_compressing_are_of_what_varies():
+    def row(blocks, sequences):
+        phases = {"calibrate": blocks * sequences, "prune": 10 * blocks}
+        seconds = 1 + sum(phases.values())
+        return {"shapes": "s", "blocks": blocks, "sequences": sequences, "length": 1000, "phases": phases} | {
+            "seconds": seconds
+        }
+
+    rows = [row(1, 8), row(2, 8), row(4, 8), row(2, 16), row(2, 32), row(1, 64) | {"shapes": "other"}]
+    found = plot_compress.curves(rows)
+    assert [x for x, _ in found["blocks"][1]] == [1, 2, 4]
+    assert [x for x, _ in found["million calibration tokens"][1]] == pytest.approx([0.008, 0.016, 0.032])
+    assert plot_compress.line(found["blocks"][1], "all") == pytest.approx((18, 1, 0))
+    assert plot_compress.line(found["million calibration tokens"][1], "tokens") == pytest.approx((2000, 0, 0))
 
 
 def test_only_what_is_between_the_markers_changes():

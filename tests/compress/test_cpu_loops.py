@@ -1,6 +1,9 @@
 """What compression runs on a CPU alone: Hessians and column loops in C++, attention in blocks, one pass in stages."""
 
 import dataclasses
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,8 +18,9 @@ from vllm_sparse.compress.generate import generate
 from vllm_sparse.compress.grid import search_grid
 from vllm_sparse.compress.hessian import Hessian, damp
 from vllm_sparse.compress.model import BlockCall
+from vllm_sparse.compress.products import cholesky, inverse_of_lower, product, product_plus, subtract_product
 from vllm_sparse.compress.sequences import Sequences
-from vllm_sparse.compress.staged import StagedBlock, find_leaders
+from vllm_sparse.compress.staged import StagedBlock, find_leaders, run_side_by_side
 from vllm_sparse.scheme import get_scheme
 
 needs_columns = pytest.mark.skipif(
@@ -86,18 +90,18 @@ def test_attention_is_torchs(length, heads, shared):
 class Block(nn.Module):
     """Two layers of one input, one after them, and one that nobody calls."""
 
-    def __init__(self):
+    def __init__(self, size):
         super().__init__()
-        self.a, self.b, self.c, self.d = (nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.a, self.b, self.c, self.d = (nn.Linear(size, size, bias=False) for _ in range(4))
 
     def forward(self, x):
         return self.c(self.a(x) * self.b(x))
 
 
-def staged_block(seed=3):
-    torch.manual_seed(seed)
-    block = Block().requires_grad_(False)
-    batches = [(BlockCall((), {}), torch.randn(2, 5, 8)) for _ in range(3)]
+def staged_block(size=8, length=5, dtype=torch.float32):
+    torch.manual_seed(3)
+    block = Block(size).requires_grad_(False).to(dtype)
+    batches = [(BlockCall((), {}), torch.randn(2, length, size, dtype=dtype)) for _ in range(3)]
     linears = {f"block.{name}": layer for name, layer in block.named_children()}
     leaders = find_leaders(block, linears, batches[0])
     return block, batches, linears, StagedBlock(block, linears, batches, leaders, ranges=True, to_the_end=True)
@@ -134,6 +138,68 @@ def test_stages_end_when_they_are_abandoned_and_pass_errors_on():
     with pytest.raises(ZeroDivisionError):
         next(groups)
     staged.close()
+
+
+@needs_gram
+def test_passes_side_by_side_see_what_they_see_one_after_another():
+    def run(threads):
+        torch.set_num_threads(threads)
+        block, batches, _, staged = staged_block(256, 300, torch.bfloat16)
+        groups = list(staged.groups())
+        staged.close()
+        assert torch.get_num_threads() == threads
+        again = run_side_by_side(block, batches)  # as a resumed run does
+        assert all(torch.equal(*both) for both in zip(staged.outputs(), again, strict=True))
+        return [group.h for group in groups if group.h is not None], staged.outputs()
+
+    before = torch.get_num_threads()
+    try:
+        alone, together = run(1), run(2)
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip((*alone[0], *alone[1]), (*together[0], *together[1]), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_freed_memory_is_not_given_back_to_the_system():
+    program = """
+import resource, sys, threading, torch
+from vllm_sparse.compress.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = faults()
+for _ in range(4):
+    thread = threading.Thread(target=lambda: [torch.ones(1 << 21) for _ in range(10)])
+    thread.start()
+    thread.join()
+print(faults() - before)
+"""
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
+        for how in ("keep", "not")
+    }
+    assert faults["keep"] < faults["not"] / 2
+
+
+@pytest.mark.parametrize("k", [300, 640, 1000])
+def test_products_and_factors_are_torchs(k):
+    generator = torch.Generator().manual_seed(5)
+    a, b = torch.randn(k, k, generator=generator), torch.randn(200, k, generator=generator)
+    expected = a.double() @ b.double().T
+    torch.testing.assert_close(product(a, b).double(), expected, rtol=1e-5, atol=1e-3)
+    c = torch.ones(k, 200)
+    torch.testing.assert_close(product_plus(a, b, c, 0.5).double(), expected + 0.5, rtol=1e-5, atol=1e-3)
+    subtract_product(c, a.T.contiguous(), b.T.contiguous())
+    torch.testing.assert_close(c.double(), 1 - expected, rtol=1e-5, atol=1e-3)
+    h = a @ a.T / k + 0.1 * torch.eye(k)
+    lower = cholesky(h)
+    torch.testing.assert_close(lower.double(), torch.linalg.cholesky(h.double()), rtol=1e-3, atol=1e-4)
+    assert torch.equal(lower, lower.tril())
+    torch.testing.assert_close(inverse_of_lower(lower) @ lower, torch.eye(k), rtol=0, atol=1e-3)
+    h[k - 1, k - 1] = -1  # found in the last panel
+    assert cholesky(h) is None
 
 
 def test_both_ways_through_a_block_give_the_same_kind_of_model(tiny, text, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.compress.magnitude import Choose, keep_two_of_four
+from vllm_sparse.compress.products import cholesky, inverse_of_lower, product, product_plus
 
 # The penalty that ties the free weights to the pruned ones, for an H of unit diagonal, and the steps taken with each.
 # It starts where the mask still moves freely and ends where it no longer does (docs/decisions/0008-compress-masks.md).
@@ -33,29 +34,25 @@ def admm(weight: Tensor, h: Tensor, choose: Choose = keep_two_of_four) -> tuple[
     scale = h.diagonal().rsqrt()
     unit = h * scale[:, None] * scale
     pruned = weight / scale
-    target = pruned @ unit
+    target = product(pruned, unit)
     multiplier = torch.zeros_like(pruned)
     mask = torch.ones_like(pruned, dtype=torch.bool)
     for penalty in _PENALTIES:
         shifted = unit.clone()
         shifted.diagonal().add_(penalty)
-        root = _inverse_triangle(torch.linalg.cholesky(shifted))
+        lower = cholesky(shifted)
+        assert lower is not None  # h is positive definite
+        root = inverse_of_lower(lower).T
         with _fast_products(weight.device):
-            inverse = root.T @ root
+            inverse = product(root, root)
             for _ in range(_STEPS):
                 right = torch.add(target, pruned, alpha=penalty).sub_(multiplier)
                 # V + multiplier / penalty, whose largest entries D keeps; the multiplier becomes what D leaves.
-                moved = torch.addmm(multiplier, right, inverse, beta=1 / penalty)
+                moved = product_plus(right, inverse, multiplier, 1 / penalty)
                 mask = choose(moved.abs())
                 pruned = moved * mask
                 multiplier = moved.sub_(pruned).mul_(penalty)
     return pruned * scale, mask
-
-
-def _inverse_triangle(lower: Tensor) -> Tensor:
-    """Return the inverse of lower triangular ``lower`` ``[k, k]``."""
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)
 
 
 @contextmanager

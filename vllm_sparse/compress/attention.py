@@ -41,15 +41,15 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
     shared = key.shape[1]
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
     query = query * (d**-0.5 if scale is None else scale)
-    future = torch.full((_ROWS, _ROWS), -torch.inf).triu(1)
+    future = torch.full((_ROWS, _ROWS), -torch.inf, dtype=query.dtype).triu(1)
     output = query.new_empty(batch, length, heads, d).transpose(1, 2)  # the order in which callers want it
     for start in range(0, length, _ROWS):
         stop = min(start + _ROWS, length)
         rows = stop - start
         queries = query[:, :, start:stop].reshape(batch * shared, -1, d)
-        scores = torch.bmm(queries, keys[:, :stop].transpose(1, 2)).float()
+        scores = torch.bmm(queries, keys[:, :stop].transpose(1, 2))
         scores.unflatten(1, (-1, rows))[..., start:] += future[:rows, :rows]
-        part = torch.bmm(scores.softmax(-1).to(value.dtype), values[:, :stop])
+        part = torch.bmm(scores.softmax(-1), values[:, :stop])  # torch sums a softmax in float32
         output[:, :, start:stop] = part.view(batch, heads, rows, d)
     return output
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.compress.grid import Grid, fused_block, fused_columns
+from vllm_sparse.compress.products import product, subtract_product
 
 
 def coordinate_descent(
@@ -19,7 +20,7 @@ def coordinate_descent(
     Args:
         weight: what ``rounded`` approximates, float ``[n, k]``.
         rounded: on ``grid`` and zero outside ``mask``, ``[n, k]``; not modified.
-        h: positive definite ``[k, k]``.
+        h: symmetric, positive definite ``[k, k]``.
         sweeps: passes over all columns.
         block: columns whose changes reach the rest in one product; changes the speed and not the result.
 
@@ -28,12 +29,12 @@ def coordinate_descent(
     """
     k, block = weight.shape[1], fused_block(weight, block)
     q, keep = rounded.T.contiguous(), mask.T.contiguous()
-    gradient = h @ (weight - rounded).T
+    gradient = product(h, weight - rounded)
     for start in [*range(0, k, block)] * sweeps:
         stop = min(start + block, k)
         own = slice(start, stop)
         change = _decide_columns(q[own], gradient[own], keep[own], h[own, own], grid, start)
-        gradient.addmm_(h[:, own], change, alpha=-1)
+        subtract_product(gradient, h[own], change)
     return q.T.contiguous()
 
 

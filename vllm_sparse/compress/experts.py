@@ -92,7 +92,6 @@ def take_apart(model: nn.Module, path: str) -> dict[str, Part]:
         UnsupportedError: experts with biases, transposed or interleaved weights, or without a gate.
     """
     parts: dict[str, Part] = {}
-    names = _projection_names(getattr(model.config, "model_type", ""))  # type: ignore[arg-type]
     for name, module in list(model.named_modules()):
         own = dict(module.named_parameters(recurse=False))
         if not any(parameter.dim() == 3 for parameter in own.values()) or not any(key in own for key in _PACKED):
@@ -101,7 +100,7 @@ def take_apart(model: nn.Module, path: str) -> dict[str, Part]:
             raise UnsupportedError(
                 f"{path}: {name} holds all experts in one tensor, with biases or in a layout that cannot be compressed"
             )
-        experts = LinearExperts(module, names)
+        experts = LinearExperts(module, _projection_names(getattr(model.config, "model_type", "")))  # type: ignore[arg-type]
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, experts)
         parts |= experts.parts(name)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vllm_sparse.compress.grid import Grid, fused_block, fused_columns
 from vllm_sparse.compress.hessian import damp
+from vllm_sparse.compress.products import subtract_product
 
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -42,7 +43,7 @@ def gptq(weight: Tensor, h: Tensor, grid: Grid, mask: Tensor, act_order: bool = 
         stop = min(start + block, k)
         part = factor[start:stop, start:stop]
         errors = _round_columns(w[start:stop], keep[start:stop], part, grid, order[start:stop])
-        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        subtract_product(w[stop:], factor[start:stop, stop:], errors)
     result = torch.empty_like(w)
     result[order] = w
     return result.T.contiguous()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse import native
+from vllm_sparse.compress.products import cholesky, inverse_of_lower, product
 from vllm_sparse.errors import FormatError, UnsupportedError
 
 # Columns of H computed at once; panels below the diagonal are mirrored, not computed.
@@ -112,19 +113,18 @@ def _inverse_factor(h: Tensor) -> Tensor | None:
 
     With its rows and columns in reverse order, h = L L^T; in the right order that is R R^T with R upper, and U = R^-1.
     """
-    lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
-    if int(failed):
+    lower = cholesky(h.flip(0, 1))
+    if lower is None:
         return None
-    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    factor = inverse_of_lower(lower).flip(0, 1)
     return factor if bool(torch.isfinite(factor).all()) else None
 
 
 def _nothing_if_definite(h: Tensor) -> Tensor | None:
     """Return an empty tensor, or None when ``h`` is not numerically positive definite."""
-    return None if int(torch.linalg.cholesky_ex(h)[1]) else h.new_empty(0)
+    return None if cholesky(h) is None else h.new_empty(0)
 
 
 def energy(difference: Tensor, h: Tensor) -> Tensor:
     """Return d h d^T of every row d of ``difference`` ``[n, k]``: the squared output error, ``[n]``."""
-    return ((difference @ h) * difference).sum(1).clamp_min(0)
+    return (product(difference, h) * difference).sum(1).clamp_min(0)

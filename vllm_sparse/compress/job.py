@@ -19,6 +19,7 @@ from vllm_sparse.compress.generate import generate
 from vllm_sparse.compress.keep_dense import KeepDense, Kept
 from vllm_sparse.compress.layer import Inputs, LayerReport, Pruned, prune_layers, quantize_layers, regroup
 from vllm_sparse.compress.manifest import Manifest
+from vllm_sparse.compress.memory import keep_freed_memory
 from vllm_sparse.compress.model import BlockCall, BlockModel
 from vllm_sparse.compress.output import Weight, make_output
 from vllm_sparse.compress.phases import Phases
@@ -29,7 +30,7 @@ from vllm_sparse.compress.report import Verification, verify
 from vllm_sparse.compress.sensitivity import choose_dense
 from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.compress.smooth import smooth
-from vllm_sparse.compress.staged import StagedBlock, find_leaders
+from vllm_sparse.compress.staged import StagedBlock, find_leaders, run_side_by_side
 from vllm_sparse.compress.world import Silent, World
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
@@ -53,6 +54,8 @@ class Job:
         self.checkpoint = checkpoint
         self.recipe = recipe
         self.device = device
+        if device.type == "cpu":
+            keep_freed_memory()
         self.phases = Phases(device)
         self._leaders: dict[tuple[str, ...], dict[str, str]] = {}
         self.batch_tokens = _BATCH_TOKENS.get(device.type, 8192)
@@ -383,7 +386,10 @@ class Job:
                 own = [name for name in tensors if name.rpartition(".")[0] == layer]
                 parts = {name.rpartition(".")[2]: tensors[name].to(self.device) for name in own}
                 linears[report.name].weight.copy_(self.output.read(layer, parts).to_dense())
-            state.advance(index, block)
+            if self.world.alone and self._in_stages(batches := state.batches(index)):
+                state.replace(run_side_by_side(block, batches))
+            else:
+                state.advance(index, block)
             self._model.release(index)
 
     def _linears(self, index: int) -> dict[str, nn.Linear]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.compress.hessian import energy
+from vllm_sparse.compress.products import product
 
 
 def least_squares(weight: Tensor, start: Tensor, mask: Tensor, h: Tensor, iterations: int) -> Tensor:
@@ -24,11 +25,11 @@ def least_squares(weight: Tensor, start: Tensor, mask: Tensor, h: Tensor, iterat
     scale = h.diagonal().rsqrt()  # working with unit diagonal is the preconditioner
     scaled_h = h * scale[:, None] * scale
     v = start * mask / scale
-    residual = ((weight / scale - v) @ scaled_h) * mask
+    residual = product(weight / scale - v, scaled_h) * mask
     direction = residual.clone()
     norm = residual.square().sum(1, keepdim=True)
     for _ in range(iterations):
-        image = (direction @ scaled_h) * mask
+        image = product(direction, scaled_h) * mask
         step = _ratio(norm, (direction * image).sum(1, keepdim=True))
         v.addcmul_(direction, step)
         residual.addcmul_(image, step, value=-1)

@@ -232,9 +232,12 @@ class BlockModel:
         base = f"{self._model.base_model_prefix}."
         head = {id(p) for p in getattr(self._model.get_output_embeddings(), "parameters", list)()}
         found = {}
-        stored = {renamed(name, self.config.model_type): name for name in self.checkpoint.tensors}
-        stored |= {name: name for name in self.checkpoint.tensors}
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
+        stored = {name: name for name in self.checkpoint.tensors}
+        tensors = self._model.state_dict(keep_vars=True)
+        parameters = [name for name, t in tensors.items() if isinstance(t, nn.Parameter) and id(t) not in head]
+        if any(_stored_name(name, base, stored) is None for name in parameters):  # else nobody need ask transformers
+            stored = {renamed(name, self.config.model_type): name for name in self.checkpoint.tensors} | stored
+        for name, tensor in tensors.items():
             if (file_name := _stored_name(name, base, stored)) is not None:
                 found[name] = file_name
             elif name in self._parts and (packed := _stored_name(self._parts[name].tensor, base, stored)) is not None:

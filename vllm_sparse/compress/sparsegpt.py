@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vllm_sparse.compress.grid import Grid, fused_block, fused_columns
 from vllm_sparse.compress.pattern import TWO_OF_FOUR, Pattern
+from vllm_sparse.compress.products import subtract_product
 
 
 def sparsegpt(
@@ -33,7 +34,7 @@ def sparsegpt(
         stop = min(start + block, k)
         own = slice(start, stop)
         errors = _prune_columns(w[own], keep[own], factor[own, own], grid, start, pattern)
-        w[stop:].addmm_(factor[own, stop:].T, errors, alpha=-1)
+        subtract_product(w[stop:], factor[own, stop:], errors)
     return w.T.contiguous(), keep.T.contiguous()
 
 

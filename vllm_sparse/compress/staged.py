@@ -1,14 +1,18 @@
 """A block run once for all calibration batches: each waits where a layer is not compressed yet.
 
 Calibrating and then propagating runs every block twice. Here the forward pass of each batch is a thread that stops in
-front of the first layer whose weight is still dense, where its input is added to that layer's H. When all of them have
-stopped, the layer is compressed, and they go on with its new weight. One thread runs at any time.
+front of the first layer whose weight is still dense. When all of them have stopped, their inputs are added to that
+layer's H in the order of the batches, the layer is compressed, and they go on with its new weight. As many passes run
+at once as torch may use cores, each on its share of them: none waits for another within an operation, and sums do not
+depend on which comes first.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,23 +27,33 @@ class _AbandonedError(Exception):
 
 
 class _Pass(threading.Thread):
-    """The forward pass of one batch. It runs only while somebody is inside ``resume``.
+    """The forward pass of one batch. It runs from ``go_on`` to where it puts itself into ``back``.
+
+    Args:
+        cores: how many threads of torch's own it may use.
 
     Attributes:
         stopped_at: the layer that it waits in front of; None when it has ended.
+        stopped_with: that layer's input.
         output: what the block made of the batch.
+        error: what ended it, or None.
     """
 
-    def __init__(self, block: nn.Module, call: BlockCall, x: Tensor) -> None:
+    def __init__(
+        self, block: nn.Module, call: BlockCall, x: Tensor, cores: int, back: queue.SimpleQueue[_Pass]
+    ) -> None:
         super().__init__(daemon=True)
         self.stopped_at: str | None = None
+        self.stopped_with: Tensor | None = None
         self.output: Tensor | None = None
+        self.error: BaseException | None = None
         self._work = (block, call, x)
-        self._error: BaseException | None = None
+        self._cores, self._back = cores, back
         self._abandoned = False
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._go = threading.Semaphore(0)
 
     def run(self) -> None:
+        torch.set_num_threads(self._cores)  # of this thread; see StagedBlock.close
         self._go.acquire()
         block, call, x = self._work
         try:
@@ -49,21 +63,18 @@ class _Pass(threading.Thread):
         except _AbandonedError:
             pass
         except BaseException as error:  # raised again where the pass was resumed
-            self._error = error
-        self.stopped_at = None
-        self._back.release()
+            self.error = error
+        self.stopped_at = self.stopped_with = None
+        self._back.put(self)
 
-    def resume(self) -> None:
+    def go_on(self) -> None:
         """Let it run to its next stop."""
         self._go.release()
-        self._back.acquire()
-        if self._error is not None:
-            raise self._error
 
-    def stop(self, name: str) -> None:
-        """Wait, called in the pass itself, in front of layer ``name``."""
-        self.stopped_at = name
-        self._back.release()
+    def stop(self, name: str, x: Tensor) -> None:
+        """Wait, called in the pass itself, in front of layer ``name`` with its input."""
+        self.stopped_at, self.stopped_with = name, x
+        self._back.put(self)
         self._go.acquire()
         if self._abandoned:
             raise _AbandonedError
@@ -81,6 +92,16 @@ def find_leaders(block: nn.Module, linears: Mapping[str, nn.Linear], batch: tupl
     with BlockHessians(linears) as hessians, hessians.batch():
         call.run(block, x)
     return {name: hessians.leader(name) for name in linears}
+
+
+def run_side_by_side(block: nn.Module, batches: Sequence[tuple[BlockCall, Tensor]]) -> list[Tensor]:
+    """Return what ``block`` makes of each batch, by the same operations as in stages, and so to the same bits."""
+    passes = StagedBlock(block, {}, batches, {}, ranges=False, to_the_end=True)
+    try:
+        assert not list(passes.groups())  # there is no layer to stop at
+        return passes.outputs()
+    finally:
+        passes.close()
 
 
 class StagedBlock:
@@ -105,8 +126,11 @@ class StagedBlock:
     ) -> None:
         self._leaders, self._to_the_end = leaders, to_the_end
         self._order = list(linears)
-        self._passes = [_Pass(block, call, x) for call, x in batches]
-        self._running: _Pass | None = None
+        self._threads = torch.get_num_threads()
+        self._at_once = max(1, min(self._threads, len(batches)))
+        self._back: queue.SimpleQueue[_Pass] = queue.SimpleQueue()
+        cores = self._threads // self._at_once
+        self._passes = [_Pass(block, call, x, cores, self._back) for call, x in batches]
         self._statistics = InputStatistics(ranges)
         self._done: set[str] = set()
         self._handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in linears.items()]
@@ -121,10 +145,14 @@ class StagedBlock:
         self._resume(self._passes)
         while waiting := [one for one in self._passes if one.stopped_at is not None]:
             leader = min((self._leaders[str(one.stopped_at)] for one in waiting), key=self._order.index)
+            here = [one for one in waiting if self._leaders[str(one.stopped_at)] == leader]
+            for one in here:
+                assert one.stopped_with is not None  # it has stopped
+                self._statistics.add(leader, one.stopped_with)
             yield self._group(leader)
             if len(self._done) == len(self._order) and not self._to_the_end:
                 return
-            self._resume([one for one in waiting if self._leaders[str(one.stopped_at)] == leader])
+            self._resume(here)
         for name in self._order:
             if name not in self._done:
                 yield self._group(name)
@@ -140,6 +168,8 @@ class StagedBlock:
         for one in self._passes:
             if one.is_alive():
                 one.abandon()
+        # What a pass set for itself torch also takes for threads that are started later.
+        torch.set_num_threads(self._threads)
 
     def _group(self, leader: str) -> Group:
         names = tuple(name for name in self._order if self._leaders[name] == leader and name not in self._done)
@@ -147,16 +177,21 @@ class StagedBlock:
         return self._statistics.hand_out(leader, names)
 
     def _resume(self, passes: Sequence[_Pass]) -> None:
-        for one in passes:
-            self._running = one
-            one.resume()
+        """Let ``passes`` run to their next stops, several at once."""
+        rest = iter(passes)
+        for one in islice(rest, self._at_once):
+            one.go_on()
+        for _ in passes:
+            one = self._back.get()
+            if one.error is not None:
+                raise one.error
+            if (following := next(rest, None)) is not None:
+                following.go_on()
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x, one = args[0], self._running
-            if name in self._done or x.numel() == 0 or one is None:
-                return
-            self._statistics.add(self._leaders[name], x)
-            one.stop(name)
+            one = threading.current_thread()
+            if name not in self._done and args[0].numel() and isinstance(one, _Pass):
+                one.stop(name, args[0])
 
         return hook
