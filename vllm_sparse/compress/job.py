@@ -332,7 +332,7 @@ class Job:
                     own = [name for name in names if name.rpartition(".")[0] == layer]
                     tensors = {name.rpartition(".")[2]: handle.get_tensor(name).to(self.device) for name in own}
                     linears[report.name].weight.copy_(self.output.read(layer, tensors).to_dense())
-            if self._in_stages(batches := state.batches(index)):
+            if self.world.alone and self._in_stages(batches := state.batches(index)):
                 state.replace(run_side_by_side(block, batches))
             else:
                 state.advance(index, block)
