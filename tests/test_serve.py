@@ -76,6 +76,7 @@ def answers(model, log):
             return client.completions.create(model="m", prompt=prompt, max_tokens=16, temperature=0, **more)
 
         streamed = [chunk.choices[0].text for chunk in complete(PROMPTS[0], stream=True) if chunk.choices]
+        assert len(streamed) > 1  # how many a server that is busy makes of sixteen tokens is its own affair
         with ThreadPoolExecutor(8) as pool:
             together = [answer.choices[0].text for answer in pool.map(complete, PROMPTS)]
         refusals = []
@@ -83,14 +84,14 @@ def answers(model, log):
             with pytest.raises(BadRequestError) as refused:
                 client.completions.create(model="m", max_tokens=16, **bad)
             refusals.append((refused.value.status_code, json.dumps(refused.value.body, sort_keys=True)))
-    return streamed, together, refusals
+    return "".join(streamed), together, refusals
 
 
 def test_a_client_cannot_tell_the_difference(dense_model, sparse_model, tmp_path):
     dense = answers(dense_model, tmp_path / "dense.log")
     sparse = answers(sparse_model, tmp_path / "sparse.log")
     assert sparse == dense
-    assert sparse[1][0] == "".join(sparse[0])
+    assert sparse[1][0] == sparse[0]
     log = (tmp_path / "sparse.log").read_text()
     assert "sparse24: " in log
 
