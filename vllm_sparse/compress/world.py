@@ -6,6 +6,7 @@ first one writes.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ _TIMEOUT = timedelta(hours=2)  # of one block's layers, for which the others wai
 _T = TypeVar("_T")
 
 
+def _leave() -> None:
+    """End the group's threads, which a process that ends must not find running."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class World:
     """The processes of a run: this one is number ``rank`` of ``size``."""
@@ -42,6 +49,7 @@ class World:
             if torch.cuda.is_available():
                 torch.cuda.set_device(cls.local_device())
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @staticmethod
