@@ -83,8 +83,9 @@ def fuse_silu_and_quantization() -> None:
 
     A pass that the user gave stays the only one. To be called before the model is compiled, as above.
     """
-    config = get_current_vllm_config_or_none()
-    if config is None or not cuda_quantize.available():
+    config, key = get_current_vllm_config_or_none(), getattr(current_platform, "pass_key", "post_grad_custom_post_pass")
+    # Every layer asks for it: the first one has set it, or the user has.
+    if config is None or key in config.compilation_config.inductor_compile_config or not cuda_quantize.available():
         return
     try:
         from vllm.compilation.passes.inductor_pass import CallableInductorPass
@@ -92,8 +93,8 @@ def fuse_silu_and_quantization() -> None:
         return
     from vllm_sparse.plugin.fusion import FuseSiluQuantize
 
-    fuse, key = FuseSiluQuantize(), getattr(current_platform, "pass_key", "post_grad_custom_post_pass")
-    config.compilation_config.inductor_compile_config.setdefault(key, CallableInductorPass(fuse, fuse.uuid()))
+    fuse = FuseSiluQuantize()
+    config.compilation_config.inductor_compile_config[key] = CallableInductorPass(fuse, fuse.uuid())
 
 
 def pipeline_parallel_size() -> int:
