@@ -38,6 +38,7 @@ struct Params {
     int* counters;
     float unit;  // what the sums are multiplied by
     int m, n, k;
+    int rows;         // tokens that a copy fetches, no more than there are: zeros cost the copy engine more than tokens
     int steps;        // steps along k
     int token_tiles;  // tiles along m; consecutive tiles share their weights through L2
     int tiles;        // row tiles * token_tiles
@@ -92,6 +93,9 @@ struct StreamK {
 
 // Sliced: row tiles are of one or two heights, so that all rounds are full: the first ones have one unit of kUnit row
 // blocks more. They need not be the rows of one panel. The blocks of a cluster share a tile, each a slice of its steps.
+//
+// The last of several token tiles is moved back to end with the last token. Tokens that are in two tiles are stored
+// twice, with the same bits, as every tile has the same slices. (Stream-K cuts each tile elsewhere.)
 template <int kTokens, int kUnit>
 struct Sliced {
     int tile, begin, end;
@@ -107,7 +111,8 @@ struct Sliced {
     __device__ __forceinline__ Place place(const Params& p) const {
         const int row_tile = tile / p.token_tiles, block = share_begin(row_tile, p) * kUnit;
         const int blocks = share_begin(row_tile + 1, p) * kUnit - block;
-        return {block, min(blocks, p.n / kRowBlock - block), (tile - row_tile * p.token_tiles) * kTokens};
+        return {block, min(blocks, p.n / kRowBlock - block),
+                min((tile - row_tile * p.token_tiles) * kTokens, p.m - p.rows)};
     }
 };
 
@@ -277,7 +282,7 @@ __device__ __forceinline__ void produce_weights(const Params& p, uint32_t shared
             const uint32_t full = shared + S::kFull + 8 * stage;
             const uint32_t to = shared + S::kWeights + stage * S::kWeightBytes + skip * kBlockBytes<kGroups>;
             if (!next_panel) {
-                ptx::barrier_arrive_expect(full, place.blocks * kBlockBytes<kGroups> + S::kTokenBytes);
+                ptx::barrier_arrive_expect(full, place.blocks * kBlockBytes<kGroups> + 2 * kStep * p.rows);
                 ptx::copy_bulk(to, walk.weight, walk.bytes, full, policy);
             } else if (walk.bytes > 0) {
                 ptx::copy_bulk(to, walk.weight, walk.bytes, full, policy);
@@ -456,6 +461,7 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.counters = static_cast<int*>(problem.workspace);
     p.partials = reinterpret_cast<float*>(static_cast<char*>(problem.workspace) + kW4A16CounterBytes);
     p.m = problem.m, p.n = problem.n, p.k = problem.k;
+    p.rows = problem.m < tile_tokens ? problem.m : tile_tokens;
     p.steps = (problem.k + kStep - 1) / kStep;
     p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;
     p.tiles = (problem.n + tile_rows - 1) / tile_rows * p.token_tiles;
@@ -483,13 +489,13 @@ inline EncodeTiled encode_tiled() {
     return function;
 }
 
-// x in boxes of `tokens` rows x 64 columns, 128-byte swizzle, zeros outside.
-inline const char* describe_tokens(const W4A16Problem& problem, int tokens, CUtensorMap* map) {
+// x in boxes of `rows` tokens x 64 columns, 128-byte swizzle, zeros outside.
+inline const char* describe_tokens(const W4A16Problem& problem, int rows, CUtensorMap* map) {
     const EncodeTiled encode = encode_tiled();
     if (encode == nullptr) return "w4a16: the driver has no cuTensorMapEncodeTiled";
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(problem.k), static_cast<cuuint64_t>(problem.m)};
     const cuuint64_t strides[1] = {2 * static_cast<cuuint64_t>(problem.k)};
-    const cuuint32_t box[2] = {kStep / 2, static_cast<cuuint32_t>(tokens)}, element_strides[2] = {1, 1};
+    const cuuint32_t box[2] = {kStep / 2, static_cast<cuuint32_t>(rows)}, element_strides[2] = {1, 1};
     const CUresult result =
         encode(map, problem.bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
                const_cast<void*>(problem.x), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -530,12 +536,12 @@ const char* launch(const Launch& how, P p, const CUtensorMap& token_map, const W
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// For kernels whose token tiles are boxes of `tile_tokens` rows, where the copy engine fetches them.
+// For kernels whose token tiles are boxes of p.rows, where the copy engine fetches them.
 inline const char* launch(const Launch& how, const Params& p, const W4A16Problem& problem, const W4A16Device& device,
-                          int tile_tokens, cudaStream_t stream) {
+                          cudaStream_t stream) {
     CUtensorMap token_map{};
     if (device.capability >= 90) {
-        const char* error = describe_tokens(problem, tile_tokens, &token_map);
+        const char* error = describe_tokens(problem, p.rows, &token_map);
         if (error != nullptr) return error;
     }
     return launch(how, p, token_map, device, stream);

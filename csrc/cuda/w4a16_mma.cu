@@ -227,7 +227,7 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     how.blocks = static_cast<int>(steps < device.sm_count ? steps : device.sm_count);
     how.cluster = 1;
     divide(p, p.tiles * p.steps, how.blocks);
-    return launch(how, p, problem, device, C::kTokens, stream);
+    return launch(how, p, problem, device, stream);
 }
 
 struct Mma {

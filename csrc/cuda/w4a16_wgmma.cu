@@ -446,7 +446,7 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     const int clusters = concurrent_clusters<T, C>(p.slices, device);
     const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,
                      p.slices * (p.tiles < clusters ? p.tiles : clusters), p.slices};
-    return launch(how, p, problem, device, C::kTokens, stream);
+    return launch(how, p, problem, device, stream);
 }
 
 struct Wgmma {
