@@ -25,9 +25,10 @@ enum class W4A16Kernel : int {
     kStream16 = 5,  // 16 tokens
     kWgmma32 = 6,   // wgmma.sp (sm_90a), up to 256 rows x 32 tokens
     kWgmma64 = 7,
-    kWgmma128 = 8,
+    kWgmma96 = 8,
+    kWgmma128 = 9,
 };
-constexpr int kW4A16Kernels = 9;
+constexpr int kW4A16Kernels = 10;
 
 struct W4A16Problem {
     const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned

@@ -40,8 +40,8 @@ struct Config {
     static_assert(kSharedBytes <= 227 * 1024);
 
     // Estimates that choose slices and rows, in nanoseconds: one step of 256 rows, adding up a tile's slices.
-    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : 800;
-    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : 6000;
+    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : kTokens <= 96 ? 650 : 800;
+    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : kTokens <= 96 ? 4500 : 6000;
 };
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -73,12 +73,12 @@ __device__ __forceinline__ void pin(float (&d)[kJ][4]) {
                    "r"(accumulate))
 #define REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define REGISTERS_32 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_64                                                                   \
-    REGISTERS_32                                                                       \
-    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_48 REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define REGISTERS_64 REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_32(type) WGMMA("32", type, REGISTERS_16, D16(0), "{%16, %17, %18, %19}", 20, 21, 22, 23)
 #define WGMMA_64(type) WGMMA("64", type, REGISTERS_32, D16(0) COMMA D16(4), "{%32, %33, %34, %35}", 36, 37, 38, 39)
+#define WGMMA_96(type) \
+    WGMMA("96", type, REGISTERS_48, D16(0) COMMA D16(4) COMMA D16(8), "{%48, %49, %50, %51}", 52, 53, 54, 55)
 #define WGMMA_128(type)                                                                                              \
     WGMMA("128", type, REGISTERS_64, D16(0) COMMA D16(4) COMMA D16(8) COMMA D16(12), "{%64, %65, %66, %67}", 68, 69, \
           70, 71)
@@ -89,11 +89,13 @@ template <typename T, int kSelector, int kJ>
 __device__ __forceinline__ void wgmma(float (&d)[kJ][4], const uint32_t (&a)[4], uint32_t tokens, uint32_t positions,
                                       int accumulate) {
     constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
-    static_assert(kJ == 4 || kJ == 8 || kJ == 16);
+    static_assert(kJ == 4 || kJ == 8 || kJ == 12 || kJ == 16);
     if constexpr (kJ == 4 && kBf16) WGMMA_32("bf16");
     if constexpr (kJ == 4 && !kBf16) WGMMA_32("f16");
     if constexpr (kJ == 8 && kBf16) WGMMA_64("bf16");
     if constexpr (kJ == 8 && !kBf16) WGMMA_64("f16");
+    if constexpr (kJ == 12 && kBf16) WGMMA_96("bf16");
+    if constexpr (kJ == 12 && !kBf16) WGMMA_96("f16");
     if constexpr (kJ == 16 && kBf16) WGMMA_128("bf16");
     if constexpr (kJ == 16 && !kBf16) WGMMA_128("f16");
 }
@@ -457,6 +459,8 @@ struct Wgmma {
                 return w4a16::run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
             case W4A16Kernel::kWgmma64:
                 return w4a16::run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
+            case W4A16Kernel::kWgmma96:
+                return w4a16::run<T, Config<kGroups, 96, 5, 2>>(problem, device, stream);
             case W4A16Kernel::kWgmma128:
                 return w4a16::run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
             default:
