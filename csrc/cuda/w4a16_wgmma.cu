@@ -40,8 +40,8 @@ struct Config {
     static_assert(kSharedBytes <= 227 * 1024);
 
     // Estimates that choose slices and rows, in nanoseconds: one step of 256 rows, adding up a tile's slices.
-    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : kTokens <= 96 ? 650 : 800;
-    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : kTokens <= 96 ? 4500 : 6000;
+    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : kTokens <= 96 ? 720 : 800;
+    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : kTokens <= 96 ? 5000 : 6000;
 };
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -407,7 +407,8 @@ int concurrent_clusters(int slices, const W4A16Device& device) {
 // for all.
 template <typename C>
 int step_percent(int units) {
-    constexpr int kPercent[4] = {C::kTokens == 128 ? 43 : 50, 60, 76, 100};
+    constexpr bool k96 = C::kTokens == 96;
+    constexpr int kPercent[4] = {k96 ? 37 : C::kTokens == 128 ? 43 : 50, k96 ? 52 : 60, k96 ? 80 : 76, 100};
     return C::kParts == 1 ? 100 : kPercent[units - 1];
 }
 
