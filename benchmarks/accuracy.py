@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -146,6 +147,7 @@ class Run:
 
     def _rival(self, tokens: Tensor, out: Path, number: int) -> None:
         if not (out / "rival.json").is_file():
+            shutil.rmtree(out, ignore_errors=True)  # a run that was cut short
             torch.save(tokens, out.with_suffix(".pt"))
             script = Path(__file__).with_name("accuracy_rival.py")
             subprocess.run(
