@@ -2,11 +2,12 @@
 
     python benchmarks/accuracy.py MODEL --rival ENV -o benchmarks/results/<machine>/accuracy-NAME.json
 
-Text is this interpreter's own standard library, split by file into calibration (three quarters) and evaluation, so that
-no file is in both. ENV is the rival's own virtual environment, made with pip where there is none; without --rival its
-rows are left out. Models that are already in --work
-are evaluated again and not made again. R = (rival - ours) / (rival - dense) in negative log likelihood: 0 is as good as
-the rival and 1 as good as the dense model; its interval is a bootstrap over evaluation sequences.
+Text is this interpreter's own standard library, or the one in --text (another release of Python has other tokens),
+split by file into calibration (three quarters) and evaluation, so that no file is in both. ENV is the rival's own
+virtual environment, made with pip where there is none; without --rival its rows are left out. Models that are already
+in --work are evaluated again and not made again, so a run that was cut short goes on. R = (rival - ours) / (rival -
+dense) in negative log likelihood: 0 is as good as the rival and 1 as good as the dense model; its interval is a
+bootstrap over evaluation sequences.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,8 @@ COMPARED = {
 }
 
 
-def library_tokens(tokenizer: Any, evaluation: bool) -> Tensor:
+def library_tokens(library: Path, tokenizer: Any, evaluation: bool) -> Tensor:
     """Return the token ids of one side of the split, end-of-text after each file."""
-    library = Path(sysconfig.get_paths()["stdlib"])
     ids: list[int] = []
     for file in sorted(library.rglob("*.py")):
         name = file.relative_to(library)
@@ -116,8 +116,9 @@ class Run:
         self.likelihoods: dict[tuple[str, int], Tensor] = {}
         self.rival: list[dict[str, Any]] = []  # what it says of itself, by draw
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.calibration = library_tokens(tokenizer, evaluation=False)
-        self.evaluation = sequences(library_tokens(tokenizer, evaluation=True), args.eval_sequences, 1024, None)
+        self.calibration = library_tokens(args.text, tokenizer, evaluation=False)
+        evaluation = library_tokens(args.text, tokenizer, evaluation=True)
+        self.evaluation = sequences(evaluation, args.eval_sequences, 1024, None)
 
     def score(self, method: str, draw: int, path: Path, seconds: float | None) -> None:
         """Evaluate the model in ``path`` and add its row."""
@@ -138,14 +139,15 @@ class Run:
         if args.rival:
             self._rival(tokens, work / "rival", number)
         for method in args.methods:
-            path, started, seconds = work / method, time.monotonic(), None
+            path = work / method
             if not path.is_dir():
                 compress(args.model, path, calibration=tokens, device=args.device, quiet=True, **OURS[method])
-                seconds = round(time.monotonic() - started, 1)
-            self.score(method, number, path, seconds)
+            seconds = json.loads((path / "report.json").read_text())["seconds"]
+            self.score(method, number, path, round(seconds, 1))
 
     def _rival(self, tokens: Tensor, out: Path, number: int) -> None:
         if not (out / "rival.json").is_file():
+            shutil.rmtree(out, ignore_errors=True)  # a run that was cut short
             torch.save(tokens, out.with_suffix(".pt"))
             script = Path(__file__).with_name("accuracy_rival.py")
             subprocess.run(
@@ -192,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="a standard library")
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--rival", type=Path, help=f"environment of {RIVAL}, made where there is none")
     parser.add_argument("--methods", nargs="*", default=list(OURS), choices=OURS)

@@ -13,10 +13,12 @@ import time
 from pathlib import Path
 
 import torch
+from compressed_tensors.offload import remove_dispatch
 from datasets import Dataset
 from llmcompressor import __version__, oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier
+from llmcompressor.utils.dev import get_main_device
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,14 +48,17 @@ def run(model: torch.nn.Module, tokenizer: object, tokens: torch.Tensor, modifie
         num_calibration_samples=len(rows),
         shuffle_calibration_samples=False,
     )
-    return time.monotonic() - started
+    seconds = time.monotonic() - started
+    # Where it found a GPU, every access to a weight would go on giving a copy there, and changes to it would be lost.
+    remove_dispatch(model)
+    return seconds
 
 
 def main(source: Path, tokens: torch.Tensor, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(source)
     names = set(model.state_dict()) - {"lm_head.weight"}
-    result = {"version": __version__, "threads": torch.get_num_threads()}
+    result = {"version": __version__, "device": get_main_device().type, "threads": torch.get_num_threads()}
     sparsegpt = SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=IGNORE)
     result["sparsegpt_seconds"] = run(model, tokenizer, tokens, sparsegpt)
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}

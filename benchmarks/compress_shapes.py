@@ -74,7 +74,7 @@ class Bench:
         row["phases"] = {name: round(seconds, 2) for name, seconds in report.phases.items()}
         row["host_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
         if report.peak_device_bytes:
-            row["device_gb"] = round(max(report.peak_device_bytes.values()) / 1e9, 2)
+            row["device_gb"] = {name: round(held / 1e9, 2) for name, held in report.peak_device_bytes.items()}
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         return row
 

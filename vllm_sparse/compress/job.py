@@ -251,6 +251,7 @@ class Job:
             else:
                 yield from self._write_shared(index, block, linears, batches, state, add, progress)
             if outputs:
+                del batches  # which would keep every input until all outputs are there
                 with self.phases("propagate"):
                     state.advance(index, block)
         self._model.release(index)
