@@ -13,6 +13,7 @@ import torch
 from vllm_sparse.errors import NotSparseError
 from vllm_sparse.formats import Format, detect
 from vllm_sparse.formats.checkpoint import Checkpoint
+from vllm_sparse.formats.embedding import check_table
 from vllm_sparse.kernels import reasons_against
 from vllm_sparse.plugin.layer import layer_spec
 from vllm_sparse.weight import LinearSpec, nonzero_mask
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     with Checkpoint(args.checkpoint) as checkpoint:
         fmt = detect(quantization_config(checkpoint.config))
         layers = list(read_layers(checkpoint, fmt))
-    print("\n".join([*table(layers, device), "", *summary(layers, fmt, device)]))
+        tables = embedding_lines(checkpoint, fmt)
+    print("\n".join([*table(layers, device), "", *summary(layers, fmt, device), *tables]))
     return 0
 
 
@@ -69,10 +71,10 @@ def read_layers(checkpoint: Checkpoint, fmt: Format | None) -> Iterator[Layer]:
     Raises:
         FormatError: a layer's tensors are not what its format says.
     """
-    dtype = _model_dtype(checkpoint.config)
+    dtype = checkpoint.dtype
     for module, tensors in sorted(_modules(checkpoint, fmt).items()):
         infos = {suffix: checkpoint.tensors[name] for suffix, name in tensors.items()}
-        if "embed" in module or ("weight" in infos and len(infos["weight"].shape) != 2):
+        if "embed" in module or module in _embeddings(fmt) or ("weight" in infos and len(infos["weight"].shape) != 2):
             continue
         nbytes = sum(info.nbytes for info in infos.values())
         size = None
@@ -125,6 +127,24 @@ def summary(layers: list[Layer], fmt: Format | None, device: torch.device) -> li
     return lines
 
 
+def embedding_lines(checkpoint: Checkpoint, fmt: Format | None) -> list[str]:
+    """Return one line for each embedding table that is stored in 8 bits; raise FormatError on one that is wrong."""
+    lines, modules = [], _modules(checkpoint, fmt)
+    for name in _embeddings(fmt):
+        infos = {suffix: checkpoint.tensors[full] for suffix, full in modules.get(name, {}).items()}
+        file = next((info.file for info in infos.values()), "config.json")
+        check_table(f"{checkpoint.path / file}: {name}", {key: (info.shape, info.dtype) for key, info in infos.items()})
+        n, k = infos["weight"].shape
+        lines.append(
+            f"embeddings {name}: {n} x {k} in int8, {sum(info.nbytes for info in infos.values()) / 1e6:.2f} MB"
+        )
+    return lines
+
+
+def _embeddings(fmt: Format | None) -> tuple[str, ...]:
+    return () if fmt is None else fmt.embeddings
+
+
 def _modules(checkpoint: Checkpoint, fmt: Format | None) -> dict[str, dict[str, str]]:
     """Return for each module its tensors' full names, by the last part as the format calls it."""
     renamed = {} if fmt is None else fmt.renamed
@@ -154,11 +174,6 @@ def _detected(
             zeros = f", {100 * float(1 - nonzero_mask(loaded['weight']).float().mean()):.0f} % zeros"
         return None, f"not 2:4 in {count} groups{zeros}"
     return spec, "2:4"
-
-
-def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    name = config.get("dtype") or config.get("torch_dtype")
-    return torch.float16 if name == "float16" else torch.bfloat16
 
 
 def _kernel(spec: LinearSpec, device: torch.device) -> str | None:

@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from tests.formats.golden import CASES, FOLDER, config
+from tests.formats.weights import random_weight
 from vllm_sparse.errors import FormatError
 from vllm_sparse.formats.checkpoint import Checkpoint
 from vllm_sparse.formats.convert import Converter, format_of
+from vllm_sparse.formats.embedding import quantize_table
+from vllm_sparse.formats.sparse24 import Sparse24Format
+from vllm_sparse.scheme import SCHEMES
 
 CORPUS = Path(__file__).parent / "corpus"
 MODULE = "a.q_proj"
@@ -31,6 +36,7 @@ KEYS = (
     "quant_method", "version", "scheme", "format", "sparsity_config", "sparsity_structure", "config_groups", "group_0",
     "targets", "ignore", "weights", "input_activations", "num_bits", "type", "strategy", "group_size", "symmetric",
     "dynamic", "actorder", "bits", "checkpoint_format", "scale_dtype", "value_dtype", "activation", "desc_act", "sym",
+    "int8_embeddings",
 )  # fmt: skip
 _ODD: tuple[Any, ...] = (
     None, True, 0, -1, 1, 2, 3, 4, 8, 32, 128, 1.5, 1 << 31, 1 << 63, 10**30, [], {}, [[]], ["Linear"], *ODD_TEXTS,
@@ -103,7 +109,16 @@ def seeds() -> list[bytes]:
         named = {f"{MODULE}.{name}": entry for name, entry in header.items()}
         text = json.dumps({"quantization_config": config(case)}, separators=(",", ":")).encode()
         cases.append(join(text, build(named, data)))
-    return [case for case in cases if len(case) < 20000]
+    return [*(case for case in cases if len(case) < 20000), _native_seed()]
+
+
+def _native_seed() -> bytes:
+    """Return a native checkpoint of one layer and an embedding table in 8 bits."""
+    form = Sparse24Format(SCHEMES["fp8"], embeddings=("a.embed_tokens",))
+    table = quantize_table(torch.arange(-32.0, 32.0).reshape(4, 16))
+    tensors = {f"{MODULE}.{name}": t for name, t in form.from_weight(random_weight(form.scheme, 4, 16)).items()}
+    tensors |= {f"a.embed_tokens.{name}": tensor for name, tensor in table.items()}
+    return join(json.dumps({"quantization_config": form.to_config()}, separators=(",", ":")).encode(), save(tensors))
 
 
 def parse(file: bytes) -> tuple[dict[str, Any], bytes]:

@@ -17,6 +17,7 @@ from tests.formats.golden import config as golden_config
 from tests.plugin.layers import prune_to_two_of_four
 from vllm_sparse.formats import Sparse24Format
 from vllm_sparse.formats.checkpoint import CheckpointWriter
+from vllm_sparse.formats.embedding import dequantize_rows, quantize_table
 from vllm_sparse.kernels.reference import quantize_activations, quantize_asymmetric
 from vllm_sparse.plugin.made_up import quantize_at_load
 from vllm_sparse.scheme import SCHEMES
@@ -112,14 +113,20 @@ def compress(
 
 
 def save_native(
-    model: PreTrainedModel, path: Path, scheme_name: str, static: bool = False, ignore: tuple[str, ...] = ("lm_head",)
+    model: PreTrainedModel,
+    path: Path,
+    scheme_name: str,
+    static: bool = False,
+    ignore: tuple[str, ...] = ("lm_head",),
+    embeddings: tuple[str, ...] = (),
 ) -> Stored:
-    """Write ``model`` as a native checkpoint."""
+    """Write ``model`` as a native checkpoint, with ``embeddings`` in 8 bits."""
     weights = compress(model, scheme_name, static, ignore=ignore)
     weights = {name: weight for name, weight in weights.items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
     fmt = Sparse24Format(SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore)
-    return save_as(model, path, weights, fmt.from_weight, fmt.to_config())
+    fmt = replace(fmt, embeddings=embeddings)
+    return save_as(model, path, weights, fmt.from_weight, fmt.to_config(), embeddings)
 
 
 def save_published(model: PreTrainedModel, path: Path, case: Case, symmetric_input: bool = True) -> Stored:
@@ -201,6 +208,7 @@ def save_as(
     weights: Mapping[str, Sparse24Weight],
     encode: Callable[[Sparse24Weight], dict[str, Tensor]],
     quantization_config: dict[str, Any],
+    embeddings: tuple[str, ...] = (),
 ) -> Stored:
     """Write ``model`` with ``weights`` in some format; give ``model`` the dequantized weights in float32."""
     state: dict[str, Tensor] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -211,6 +219,11 @@ def save_as(
         del state[f"{name}.weight"]
         state |= {f"{name}.{key}": tensor for key, tensor in encode(weight).items()}
         model.get_submodule(name).weight.data.copy_(weight.to_dense())
+    for name in embeddings:
+        table = quantize_table(state.pop(f"{name}.weight"))
+        state |= {f"{name}.{key}": tensor for key, tensor in table.items()}
+        dequantized = dequantize_rows(table["weight"], table["weight_scale"], torch.float32)
+        model.get_submodule(name).weight.data.copy_(dequantized)
     config = model.config.to_dict() | {"dtype": "bfloat16", "quantization_config": quantization_config}
     with CheckpointWriter(path) as writer:
         for key in sorted(state):

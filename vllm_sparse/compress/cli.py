@@ -7,7 +7,7 @@ import dataclasses
 import os
 
 from vllm_sparse.compress.output import OUTPUTS
-from vllm_sparse.compress.recipe import ACTIVATIONS, PRUNERS, QUANTIZERS, Recipe
+from vllm_sparse.compress.recipe import ACTIVATIONS, EMBEDDINGS, PRUNERS, QUANTIZERS, Recipe
 from vllm_sparse.scheme import SCHEMES
 
 _RECIPE_OPTIONS = tuple(field.name for field in dataclasses.fields(Recipe))
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-dense", help="rule:amount for layers to leave dense, such as owl:0.1 (of the weights) or kurtosis:5"
     )
+    parser.add_argument("--embeddings", help=f"{', '.join(EMBEDDINGS)}: the table of token embeddings (default dense)")
     parser.add_argument("--pruner", help=f"{', '.join(PRUNERS)} (default admm)")
     parser.add_argument("--quantizer", help=f"{', '.join(QUANTIZERS)} (default gptq)")
     parser.add_argument(

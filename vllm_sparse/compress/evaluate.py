@@ -17,6 +17,7 @@ from vllm_sparse.errors import FormatError, NotSparseError
 from vllm_sparse.formats import Format, detect
 from vllm_sparse.formats.checkpoint import Checkpoint
 from vllm_sparse.formats.compressed_tensors import CompressedTensorsFormat
+from vllm_sparse.formats.embedding import dequantize_rows
 from vllm_sparse.scheme import Scheme
 
 
@@ -47,6 +48,10 @@ def load_dense(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
     for name, module in model.named_modules():
         own = modules.get(name, {})
         stored_as = next(iter(own.values()), "").rpartition(".")[0]
+        if form is not None and stored_as in form.embeddings and own:
+            tensors = {last: checkpoint.load(key) for last, key in own.items()}
+            state[f"{name}.weight"] = dequantize_rows(tensors["weight"], tensors["weight_scale"], torch.float32)
+            continue
         scheme = form.scheme_of(stored_as) if form is not None and isinstance(module, nn.Linear) else None
         if form is not None and scheme is not None and own:
             tensors = {last: checkpoint.load(key) for last, key in own.items()}

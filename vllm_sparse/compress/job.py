@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from vllm_sparse.compress.staged import StagedBlock, find_leaders, run_side_by_s
 from vllm_sparse.compress.world import Silent, World
 from vllm_sparse.errors import FormatError, OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
+from vllm_sparse.formats.embedding import quantize_table, table_tensors
 from vllm_sparse.formats.names import is_ignored
 from vllm_sparse.scheme import check_group_size, get_scheme
 from vllm_sparse.weight import LinearSpec
@@ -78,7 +80,10 @@ class Job:
         self._check_layers(linears)
         spec = LinearSpec(get_scheme(recipe.scheme), 0, 0, recipe.group, self._value_dtype, None, recipe.static_input)
         files = [self.file_name(name) for name in layers]
-        self.output = make_output(recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense)
+        self._tables = [self.file_name(self._model.embeddings())] if recipe.embeddings == "int8" else []
+        self.output = make_output(
+            recipe.format, spec, recipe.scale_dtype, recipe.mask_pattern, files, self.dense, self._tables
+        )
 
     @torch.no_grad()
     def keep_dense(self, sequences: Sequences | None) -> None:
@@ -211,10 +216,15 @@ class Job:
         info = self.checkpoint.tensors.get(name)
         if info is None or self._is_tied_head(name):
             return 0
+        if self._is_table(name):
+            return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in table_tensors(*info.shape))
         return info.nbytes // 2 if info.dtype == torch.float32 else info.nbytes
 
     def _is_tied_head(self, name: str) -> bool:
         return name == "lm_head.weight" and bool(self.checkpoint.config.get("tie_word_embeddings", False))
+
+    def _is_table(self, name: str) -> bool:
+        return name in {f"{table}.weight" for table in self._tables}
 
     def _compress_block(self, index: int, add: _Add, state: _Activations, progress: Progress) -> Iterator[LayerReport]:
         recipe = self.recipe
@@ -466,6 +476,10 @@ class Job:
             if name in compressed or name in written or self._is_tied_head(name):
                 continue
             tensor = self.checkpoint.load(name)
+            if self._is_table(name):
+                for last, coded in quantize_table(tensor).items():
+                    writer.add(f"{name.removesuffix('.weight')}.{last}", coded)
+                continue
             tensor = tensor.to(self._value_dtype) if info.dtype == torch.float32 else tensor
             if (parts := self._model.packed.get(name)) is None:
                 writer.add(name, tensor)

@@ -127,6 +127,16 @@ class BlockModel:
             and weight.dim() == 2
         ]
 
+    def embeddings(self) -> str:
+        """Return the name of the table of token embeddings; raise UnsupportedError if it is no nn.Embedding."""
+        table = self._model.get_input_embeddings()
+        if not isinstance(table, nn.Embedding):
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: its token embeddings are no nn.Embedding but a {type(table).__name__}, and "
+                f"have to stay dense"
+            )
+        return next(name for name, module in self._model.named_modules() if module is table)
+
     def file_name(self, parameter: str) -> str:
         """Return what the checkpoint calls ``parameter`` of the model; a tied head is not in it and keeps its name."""
         return self._file_names.get(parameter, parameter)

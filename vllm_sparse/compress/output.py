@@ -167,15 +167,15 @@ def make_output(
     pattern: Pattern,
     layers: Sequence[str],
     ignore: Sequence[str],
+    embeddings: Sequence[str] = (),
 ) -> Output:
     """Return the output called ``name``; the other arguments are the attributes of ``DenseOutput``.
 
-    ``spec.dtype`` is what unquantized values are stored in.
+    ``spec.dtype`` is what unquantized values are stored in, ``embeddings`` the tables in 8 bits of the native format.
     """
     if name == "dense":
         return DenseOutput(spec, scale_dtype, pattern, layers, ignore)
     value_dtype = "bfloat16" if spec.scheme.scaled else str(spec.dtype).removeprefix("torch.")
     kind = str(scale_dtype).removeprefix("torch.")
-    return NativeOutput(
-        Sparse24Format(spec.scheme, value_dtype, spec.group_size, kind, spec.static_input, tuple(ignore))
-    )
+    form = Sparse24Format(spec.scheme, value_dtype, spec.group_size, kind, spec.static_input, tuple(ignore))
+    return NativeOutput(replace(form, embeddings=tuple(embeddings)))

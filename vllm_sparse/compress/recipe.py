@@ -20,6 +20,7 @@ from vllm_sparse.scheme import GROUP_SIZES, get_scheme
 PRUNERS = ("admm", "sparsegpt", "wanda", "magnitude", "none")
 ACTIVATIONS = ("dynamic", "static")
 QUANTIZERS = ("gptq", "joint", "rtn")
+EMBEDDINGS = ("dense", "int8")
 # Routers decide which expert sees a token: few weights, and an error in one changes everything after it.
 ALWAYS_DENSE = ("lm_head", r"re:.*[._](gate|router)$")
 _DEFAULT_ITERATIONS = {"admm": 20, "sparsegpt": 20, "wanda": 20, "magnitude": 0, "none": 0}
@@ -32,6 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "activation": (str,),
     "smooth": (int, float),
     "keep_dense": (str,),
+    "embeddings": (str,),
     "group_size": (int, type(None)),
     "iterations": (int, type(None)),
     "dampening": (int, float),
@@ -56,6 +58,8 @@ class Recipe:
         activation: dynamic, or static: one scale per layer, from calibration (fp8 and int8).
         smooth: strength of SmoothQuant, 0 to 1; 0 for none.
         keep_dense: rule and amount for layers that stay dense besides ``ignore``, such as owl:0.1; "" for none.
+        embeddings: dense, or int8: the table of token embeddings becomes codes, rounded to nearest, and a scale for
+            each token; a head that shares the table reads them too. Format sparse24 alone.
         pruner: how the mask is chosen; "none" takes a model that is pruned already.
         quantizer: gptq, rtn, or joint (SparseGPT's own pass, which prunes and rounds together).
         group_size: input features per scale; None: 128 for weight-only schemes, per channel for the others.
@@ -80,6 +84,7 @@ class Recipe:
     activation: str = "dynamic"
     smooth: float = 0.0
     keep_dense: str = ""
+    embeddings: str = "dense"
     pruner: str = "admm"
     quantizer: str = "gptq"
     group_size: int | None = None
@@ -99,6 +104,9 @@ class Recipe:
         _check_choice("quantizer", self.quantizer, QUANTIZERS)
         _check_choice("format", self.format, OUTPUTS)
         _check_choice("activation", self.activation, ACTIVATIONS)
+        _check_choice("embeddings", self.embeddings, EMBEDDINGS)
+        if self.embeddings != "dense" and self.format != "sparse24":
+            raise OptionError(f"embeddings {self.embeddings} can only be written with format sparse24")
         if self.format != "dense" and not self.mask_pattern.two_of_four:
             raise OptionError(f"pattern {self.pattern} is not 2:4 and can only be written with format dense")
         if self.static_input and scheme.activation is None:

@@ -199,6 +199,8 @@ def _found(checked: Verification, pattern: Pattern, where: str = "") -> str:
 
 
 def _stored(recipe: Recipe) -> str:
+    if recipe.embeddings != "dense":
+        return f"{recipe.scheme}, the embeddings in {recipe.embeddings}"
     return recipe.scheme if recipe.format == "sparse24" else f"{recipe.scheme}, dense with their zeros"
 
 

@@ -66,6 +66,7 @@ class Format(ABC):
         shard_n, shard_k: a tensor-parallel shard's output (input) features must be a multiple of this.
         renamed: endings of tensor names (from the dot on) that other writers of the format use, and what they stand
             for: another ending, or None for a tensor that nobody needs.
+        embeddings: exact names of the embedding tables stored in 8 bits (``formats.embedding``).
     """
 
     name: ClassVar[str]
@@ -73,6 +74,7 @@ class Format(ABC):
     shard_n: ClassVar[int] = 1
     shard_k: ClassVar[int] = 4
     renamed: ClassVar[Mapping[str, str | None]] = {}
+    embeddings: tuple[str, ...] = ()
 
     @classmethod
     @abstractmethod

@@ -112,6 +112,12 @@ class Checkpoint:
     ) -> None:
         self.close()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit dtype of the model, as its config has it: float16, or bfloat16 for any other."""
+        name = self.config.get("dtype") or self.config.get("torch_dtype")
+        return torch.float16 if name == "float16" else torch.bfloat16
+
     def load(self, name: str) -> Tensor:
         """Return tensor ``name``, on the CPU."""
         if name not in self.tensors:

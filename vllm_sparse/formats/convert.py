@@ -6,7 +6,7 @@ One layer is in memory at a time, besides the shard that is being filled. Values
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vllm_sparse.formats.base import Format
 from vllm_sparse.formats.bitmask import BitmaskFormat
 from vllm_sparse.formats.checkpoint import Checkpoint, CheckpointWriter
 from vllm_sparse.formats.dense import DenseFormat
+from vllm_sparse.formats.embedding import check_scales, check_table, dequantize_rows
 from vllm_sparse.formats.quantized import QuantizedFormat
 from vllm_sparse.formats.sparse24 import Sparse24Format
 from vllm_sparse.formats.sparse_bitmask import SparseBitmaskFormat
@@ -77,6 +78,13 @@ def layers_of(checkpoint: Checkpoint, form: Format) -> dict[str, dict[str, str]]
     return modules
 
 
+def check_tables(checkpoint: Checkpoint, form: Format, modules: Container[str]) -> None:
+    """Raise FormatError if an embedding table that the config lists is none of the checkpoint's ``modules``."""
+    for table in form.embeddings:
+        if table not in modules:
+            raise FormatError(f"{checkpoint.path / 'config.json'}: int8_embeddings has {table!r}, which is not stored")
+
+
 @dataclass
 class Summary:
     """What a conversion did: counts of linear layers, names of what was left out, sizes in bytes."""
@@ -100,10 +108,14 @@ class Converter:
 
     def run(self) -> Summary:
         """Convert every tensor, then the config; return what was done."""
-        for module, names in layers_of(self.checkpoint, self.form).items():
+        modules = layers_of(self.checkpoint, self.form)
+        check_tables(self.checkpoint, self.form, modules)
+        for module, names in modules.items():
             given = {last: (info.shape, info.dtype) for last, info in self._infos(names).items()}
             try:
-                if self._is_ours(module, names):
+                if module in self.form.embeddings:
+                    self._convert_table(module, names, given)
+                elif self._is_ours(module, names):
                     self._convert(module, names, given)
                 else:
                     self._copy(module, names)
@@ -151,6 +163,15 @@ class Converter:
             self.summary.sparse += 1
             return
         self._add(module, self._written(module, weight))
+
+    def _convert_table(self, module: str, names: Mapping[str, str], given: Mapping[str, Any]) -> None:
+        """Copy an embedding table in 8 bits, or write it in the model's dtype, to which its values are rounded."""
+        check_table(module, given)
+        tensors = {last: self.checkpoint.load(name) for last, name in names.items()}
+        check_scales(module, tensors["weight_scale"])
+        if self.to_dense:
+            tensors = {"weight": dequantize_rows(tensors["weight"], tensors["weight_scale"], self.checkpoint.dtype)}
+        self._add(module, tensors)
 
     def _written(self, module: str, weight: Sparse24Weight) -> dict[str, Tensor]:
         """Return the tensors to write for a 2:4 layer."""
@@ -229,7 +250,8 @@ class Converter:
             raise FormatError(
                 f"{self.checkpoint.path}: none of its linear layers is 2:4 in a scheme that the native format has"
             )
-        return replace(self._native(next(iter(self._kinds))), ignore=tuple(sorted(self.summary.dense))).to_config()
+        native, ignore = self._native(next(iter(self._kinds))), tuple(sorted(self.summary.dense))
+        return replace(native, ignore=ignore, embeddings=self.form.embeddings).to_config()
 
     def _native(self, kind: LinearSpec) -> Sparse24Format:
         value_dtype = "bfloat16" if kind.scheme.scaled else _DTYPE_NAMES[kind.dtype]
@@ -240,7 +262,8 @@ class Converter:
     def _common_scale_dtype(self) -> torch.dtype:
         """Return the dtype of all weight scales, or float32, which holds them all exactly, where they differ."""
         endings = (".weight_scale", ".scale_packed", ".s")
-        infos = self.checkpoint.tensors.items()
+        tables = {f"{table}.weight_scale" for table in self.form.embeddings}
+        infos = {name: info for name, info in self.checkpoint.tensors.items() if name not in tables}.items()
         dtypes = {info.dtype for name, info in infos if name.endswith(endings) and info.dtype in _DTYPE_NAMES}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 

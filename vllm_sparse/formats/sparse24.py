@@ -27,6 +27,7 @@ _KEYS = frozenset(
         "activation",
         "symmetric_activation",
         "ignore",
+        "int8_embeddings",
         "producer",
     )
 )
@@ -67,6 +68,7 @@ class Sparse24Format(Format):
     static_input: bool = False
     ignore: tuple[str, ...] = ()
     symmetric: bool = True  # activations
+    embeddings: tuple[str, ...] = ()
 
     name = "sparse24"
     shard_k = 8
@@ -94,6 +96,7 @@ class Sparse24Format(Format):
             == "static",
             names_in(config.get("ignore"), "ignore"),
             _choice(config, "symmetric_activation", True, symmetric, where),
+            names_in(config.get("int8_embeddings"), "int8_embeddings"),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -109,10 +112,12 @@ class Sparse24Format(Format):
             config["activation"] = "static" if self.static_input else "dynamic"
         if not self.symmetric:
             config["symmetric_activation"] = False
+        if self.embeddings:
+            config["int8_embeddings"] = list(self.embeddings)
         return config | {"ignore": list(self.ignore)}
 
     def scheme_of(self, module: str) -> Scheme | None:
-        return None if is_ignored(module, self.ignore) else self.scheme
+        return None if module in self.embeddings or is_ignored(module, self.ignore) else self.scheme
 
     def symmetric_input(self, module: str) -> bool:
         return self.symmetric

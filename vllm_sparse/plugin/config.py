@@ -26,6 +26,7 @@ from vllm_sparse.plugin.compat import (
     enable_dependent_launch,
     fuse_silu_and_quantization,
     logger,
+    pipeline_parallel_size,
     routed_experts_class,
     shares_embeddings,
     warn_if_untested,
@@ -49,6 +50,7 @@ class Sparse24Config(QuantizationConfig):
         self.format = fmt or DenseFormat()
         self.stock = stock_config(self.format)
         self.report = LoadReport()
+        self._table: torch.nn.Module | None = None  # the embedding in 8 bits, when it has been made
 
     @cached_property
     def options(self) -> Options:
@@ -125,6 +127,8 @@ class Sparse24Config(QuantizationConfig):
         """Return vLLM's renaming of tensors, and the names that the checkpoint's format has others for."""
         from vllm.model_executor.models.utils import WeightsMapper
 
+        if pipeline_parallel_size() == 1:  # else another rank may have the embedding
+            self._check_table()
         renamed = dict(self.format.renamed)
         if isinstance(self.format, (PackedFormat, MixedFormat)):
             renamed[".weight_shape"] = None  # metadata, see Sparse24LinearMethod
@@ -144,6 +148,8 @@ class Sparse24Config(QuantizationConfig):
             return self._moe_method(layer, module)
         if self._has_sparse_head(layer, module):
             return self._head_method(module)
+        if self.format.embeddings and (method := self._table_method(layer, prefix)) is not None:
+            return method
         if not isinstance(layer, LinearBase):
             return None if self.stock is None else self.stock.get_quant_method(layer, prefix)
         fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
@@ -176,6 +182,33 @@ class Sparse24Config(QuantizationConfig):
         scheme = self.format.scheme_of(module)
         assert scheme is not None
         return Sparse24HeadMethod(self, module, module, scheme)
+
+    def _table_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method of an embedding in 8 bits or of a head that shares it, None for any other layer."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+        from vllm_sparse.plugin.embedding import Int8EmbeddingMethod, Int8HeadMethod
+
+        tables = self.format.embeddings
+        if isinstance(layer, ParallelLMHead):
+            if not shares_embeddings():
+                return None
+            self._check_table()
+            return Int8HeadMethod(prefix, self._table)
+        # Some models, Llama's among them, do not tell their embedding's name.
+        name = prefix or (tables[0] if len(tables) == 1 else "")
+        if not isinstance(layer, VocabParallelEmbedding) or name not in tables:
+            return None
+        self._table = layer
+        return Int8EmbeddingMethod(name)
+
+    def _check_table(self) -> None:
+        """Raise UnsupportedError if vLLM has made the model and not asked for the method of its embedding."""
+        if self.format.embeddings and self._table is None:
+            raise UnsupportedError(
+                f"{self.format.embeddings[0]}: stored in int8, but vLLM's model does not let its embeddings be "
+                f"quantized; restore them with 'vllm-sparse convert --to dense', or compress with --embeddings dense"
+            )
 
     def stock_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method that vLLM itself has for a linear layer that is not 2:4."""
