@@ -27,7 +27,8 @@ KERNELS |= dict.fromkeys((BF16, FP16), CudaBf16Kernel())
 PAIRS = torch.tensor([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]])
 # Rounding to bf16 (2^-9 at most, 2^-10 or so on average) dominates; the tensor cores' own rounding of sums adds less.
 TOLERANCE = 3e-3
-EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 192, 255, 256, 257, 300, 511, 512, 1025)
+EDGES = (1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 144, 145, 160, 161, 192)
+EDGES += (255, 256, 257, 288, 289, 300, 320, 321, 511, 512, 1025)
 INSTRUCTIONS = {"fp8": "QGMMA", "int8": "IGMMA", "bf16": "HGMMA", "fp16": "HGMMA"}
 UNITS = {FP8: "fp8", INT8: "int8", BF16: "bf16", FP16: "fp16"}
 every_element = pytest.mark.parametrize("element", ELEMENTS, ids=UNITS.values())
@@ -247,7 +248,8 @@ class TestChoice:
     ) -> None:
         tokens = self.tokens(element, m, 4096, 4096)
         assert tokens >= min(m, 128)
-        tiles = (8, 16, 32, 64, 96, 128, 192) if element in (FP8, INT8) else (16, 32, 64, 96, 128, 192)
+        tiles = (16, 32, 64, 96, 128, 144, 160, 192)
+        tiles = (8, *tiles) if element in (FP8, INT8) else tiles
         assert m > 192 or tokens == min(t for t in tiles if t >= m)
 
     def test_many_tokens_take_the_largest_tile(self, element: torch.dtype) -> None:
@@ -332,15 +334,18 @@ class TestOnGpu:
                 run_exactly(layer, index, m, element)
 
     def test_what_whole_rounds_leave_is_exact_and_repeatable(self, element: torch.dtype) -> None:
-        """Sixty-nine tiles of 256 features: one more round than clusters can have, of which columns may be shared."""
-        integers = Layer(random_weight(69 * 256, 288, element, integers=True))
-        layer = Layer(random_weight(69 * 256, 288, element))
+        """Sixty-nine tiles of 256 features: more rounds than clusters can have whole, the last one shared or narrower.
+
+        Three tiles of tokens leave six tiles of 256 features x 256 tokens, so few that four clusters can share each.
+        """
+        integers = Layer(random_weight(69 * 256, 1184, element, integers=True))
+        layer = Layer(random_weight(69 * 256, 1184, element))
         module, number = cuda_hopper._cuda, ELEMENTS.index(element)
         for index in range(module.hopper_configurations(number)):
             tokens = module.hopper_configuration_tokens(number, index)
-            for m in {tokens, tokens + 1} if tokens >= 128 else ():
+            for m in (tokens, tokens + 1, 3 * tokens) if tokens >= 64 else ():
                 run_exactly(integers, index, m, element)
-                x, x_scale = (None if t is None else t.cuda() for t in codes(m, 288, element))
+                x, x_scale = (None if t is None else t.cuda() for t in codes(m, 1184, element))
                 want = run_configuration(layer, index, x, x_scale, None)
                 for _ in range(10):
                     assert torch.equal(run_configuration(layer, index, x, x_scale, None), want), (index, m)
