@@ -93,9 +93,11 @@ struct Tile {
     // padded off the banks) from memory of their own, which is sooner there.
     static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 256 && SPLIT == 1;
     static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
-    static constexpr int MOST_STAGED = STORES_TILES ? STAGE_BYTES / WARPGROUPS / (2 * OUT_PITCH) : 32;
-    static constexpr int STAGED_TOKENS =
-        OUT_TOKENS / fewest_parts(OUT_TOKENS / 8, (MOST_STAGED < 32 ? MOST_STAGED : 32) / 8);
+    // At most 32 tokens, so that there are three buffers, or that a warp stores 16 tokens at once.
+    static constexpr int ROOM = STORES_TILES            ? STAGE_BYTES / WARPGROUPS / (3 * OUT_PITCH)
+                                : OUT_TOKENS % 32 == 16 ? 16
+                                                        : 32;
+    static constexpr int STAGED_TOKENS = OUT_TOKENS / fewest_parts(OUT_TOKENS / 8, (ROOM < 32 ? ROOM : 32) / 8);
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
     static constexpr int OUT_BUFFERS = STORES_TILES ? STAGE_BYTES / WARPGROUPS / OUT_BYTES : 4;  // or one per warp
     static constexpr int STAGING_BYTES = STORES_TILES ? 0 : WARPGROUPS * OUT_BUFFERS * OUT_BYTES;
