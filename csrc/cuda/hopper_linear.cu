@@ -18,7 +18,7 @@ const Table& table(Element element) {
 
 // What is known of an element's kernels on a device.
 constexpr int kMaxDevices = 64;
-constexpr int kMaxRows = 48;
+constexpr int kMaxRows = 40;
 struct Device {
     int multiprocessors = 0;
     int workers[kMaxRows] = {};  // clusters that run at once with one block per multiprocessor
@@ -120,42 +120,19 @@ int count_tiles(const Configuration& c, int m, int n) {
     return ceil_div(m, c.tokens) * ceil_div(ceil_div(n, kBrickFeatures), c.warpgroups * c.cluster);
 }
 
-// Stages along k.
-int count_columns(const Configuration& c, Element element, int k) {
-    return ceil_div(k * element_bytes(element), kPaddingBricks * kBrickRowBytes) * kPaddingBricks / c.bricks;
-}
-
-// What `workers` clusters do with the tiles: rounds of whole ones, and then
-// - if the configuration shares and there are clusters for it, several of them each tile that is left. The last two
-//   tiles of tokens may overlap, and have to add up what both of them write in one order: then they are both whole or
-//   both shared;
-// - or, with more than two warpgroups, one round of tiles of as few warpgroups as have room in it.
+// What `workers` clusters do with the tiles: rounds of whole ones, and then, if the configuration shares and there are
+// clusters for it, two of them each tile that is left. The last two tiles of tokens may overlap, and have to add up
+// what both of them write in one order: then they are both whole or both shared.
 struct Rounds {
-    int tiles, whole, shared_tiles;
-    int wide_tiles, narrow;  // see KernelArguments
+    int whole, shared_tiles;
 };
-Rounds plan_rounds(const Configuration& c, int m, int n, int columns, int workers) {
+Rounds plan_rounds(const Configuration& c, int m, int n, int workers) {
     const int tiles = count_tiles(c, m, n), token_tiles = ceil_div(m, c.tokens);
     const int whole = tiles / workers, left = tiles % workers;
-    if (c.sharers > 1 && c.sharers * left <= workers && c.sharers <= columns) {
-        const bool apart = m % c.tokens != 0 && token_tiles > 1 && whole * workers % token_tiles == token_tiles - 1;
-        if (!apart) return {tiles, whole, left, tiles, c.warpgroups};
-    }
-    const int rounds = ceil_div(tiles, workers);
-    if (c.warpgroups > 2 && left > 0) {
-        const int wide = whole * workers / token_tiles;  // tiles of features, for all tokens
-        const int features = ceil_div(n, kBrickFeatures) - wide * c.warpgroups * c.cluster;
-        for (int groups = 1; groups < c.warpgroups; ++groups) {
-            const int all = (wide + ceil_div(features, groups * c.cluster)) * token_tiles;
-            if (all <= rounds * workers) return {all, rounds, 0, wide * token_tiles, groups};
-        }
-    }
-    return {tiles, rounds, 0, tiles, c.warpgroups};
+    const bool apart = m % c.tokens != 0 && token_tiles > 1 && whole * workers % token_tiles == token_tiles - 1;
+    if (!c.shares || 2 * left > workers || apart) return {ceil_div(tiles, workers), 0};
+    return {whole, left};
 }
-
-// What a column costs in a tile of fewer warpgroups, relative to all: the tokens' copies stay. Fitted to tiles of two
-// and three (docs/decisions/0064).
-float narrow_cost(int narrow, int all) { return (2 * narrow + 5) / (2.f * all + 5); }
 
 // A word that no memory holds: random, and another one for every launch.
 uint64_t new_key() {
@@ -177,13 +154,11 @@ int configuration_tokens(Element element, int configuration) { return table(elem
 int choose_configuration(Element element, int m, int n, int k, int multiprocessors) {
     // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
     constexpr int kOneTile = 192;
-    // Up to this many, blocks of one cluster split the columns sooner than clusters share them.
-    constexpr int kNearSplit = 128;
     // What it takes to hand a tile's sums over, on top of half of its columns; fitted as the table's numbers are.
     constexpr float kSharingUs = 3.0f;
     const Table& t = table(element);
     const int bricks = ceil_div(k * element_bytes(element), kBrickRowBytes);
-    int fewest = 128;
+    int fewest = 64;  // smaller ones never pay there
     if (m <= kOneTile) {
         fewest = kOneTile;
         for (int i = 0; i < t.count; ++i) {
@@ -197,13 +172,11 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
         if (c.tokens < fewest || (m <= kOneTile && c.tokens != fewest)) continue;
         // Clusters that share the tokens' loads as well are faster there; these rows' costs are those of one tile.
         if (m > kOneTile && c.split > 1) continue;
-        const int workers = count_clusters(multiprocessors, blocks_per_cluster(c));
-        const Rounds rounds = plan_rounds(c, m, n, count_columns(c, element, k), workers);
-        if (c.sharers > 1 && (rounds.shared_tiles == 0 || m <= kNearSplit)) continue;
+        const Rounds rounds = plan_rounds(c, m, n, count_clusters(multiprocessors, blocks_per_cluster(c)));
+        if (c.shares && (rounds.shared_tiles == 0 || m <= kOneTile)) continue;
         const float columns = ceil_div(bricks, c.split);
         float us = rounds.whole * (c.tile_us + c.brick_us * columns);
-        if (rounds.narrow < c.warpgroups) us -= c.brick_us * columns * (1.f - narrow_cost(rounds.narrow, c.warpgroups));
-        if (c.sharers > 1) us += kSharingUs * (c.sharers - 1) + c.tile_us + c.brick_us * columns / c.sharers;
+        if (c.shares) us += kSharingUs + c.tile_us + c.brick_us * columns / 2;
         if (best < 0 || us < best_us) best = i, best_us = us;
     }
     return best;
@@ -212,9 +185,9 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
 int64_t scratch_bytes(Element element, int m, int n, int k, int multiprocessors, int configuration) {
     if (configuration < 0) configuration = choose_configuration(element, m, n, k, multiprocessors);
     const Configuration& c = table(element).rows[configuration];
-    if (c.sharers == 1) return 0;
-    const int shared_tiles = std::min(multiprocessors / c.cluster / c.sharers, count_tiles(c, m, n));
-    return int64_t(shared_tiles) * (c.sharers - 1) * c.cluster * (c.sum_bytes + c.warpgroups * int(sizeof(uint64_t)));
+    if (!c.shares) return 0;
+    const int shared_tiles = std::min(multiprocessors / c.cluster / 2, count_tiles(c, m, n));
+    return int64_t(shared_tiles) * c.cluster * (c.sum_bytes + c.warpgroups * int(sizeof(uint64_t)));
 }
 
 const char* linear(const LinearArguments& a, int configuration, bool programmatic, void* stream) {
@@ -232,7 +205,7 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     if (configuration < 0) configuration = choose_configuration(a.element, a.m, a.n, a.k, device->multiprocessors);
     const Configuration& c = table(a.element).rows[configuration];
 
-    if (c.sharers > 1 && a.scratch == nullptr) return "this configuration needs scratch memory";
+    if (c.shares && a.scratch == nullptr) return "this configuration needs scratch memory";
     if (encode_tiled() == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
     KernelArguments args;
     args.x_rows = std::min(c.tokens, ceil_div(a.m, 8 * c.cluster) * 8 * c.cluster) / c.cluster;
@@ -252,23 +225,20 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     args.m = a.m;
     args.n = a.n;
     args.half_out = a.half_out;
-    args.column_tiles = count_columns(c, a.element, a.k);
+    args.column_tiles = ceil_div(row_bytes, kPaddingBricks * kBrickRowBytes) * kPaddingBricks / c.bricks;
     args.token_tiles = ceil_div(a.m, c.tokens);
     args.feature_tiles = ceil_div(a.n, kBrickFeatures);
+    args.tiles = count_tiles(c, a.m, a.n);
     const int workers = device->workers[configuration];
-    const Rounds rounds = plan_rounds(c, a.m, a.n, args.column_tiles, workers);
-    args.tiles = rounds.tiles;
-    args.wide_tiles = rounds.wide_tiles;
-    args.narrow = rounds.narrow;
+    const Rounds rounds = plan_rounds(c, a.m, a.n, workers);
     args.rounds = rounds.whole;
     args.shared_tiles = rounds.shared_tiles;
-    args.sharers = c.sharers;
     args.overlap = programmatic;
     args.scratch = a.scratch;
-    args.key = c.sharers > 1 ? new_key() : 0;
+    args.key = c.shares ? new_key() : 0;
     args.stream_weight = args.token_tiles == 1;
     const int cluster_size = blocks_per_cluster(c);
-    const int clusters = std::min(workers, rounds.whole > 0 ? args.tiles : c.sharers * args.shared_tiles);
+    const int clusters = std::min(workers, rounds.whole > 0 ? args.tiles : 2 * args.shared_tiles);
 
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(clusters * cluster_size);

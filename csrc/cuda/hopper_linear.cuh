@@ -5,8 +5,8 @@
 // warpgroup multiplies 64 features by all tokens of the tile. Blocks are persistent: cluster c does tiles c, c +
 // clusters, ... A cluster is CLUSTER blocks with neighbouring features that share the loads of the tokens, or SPLIT
 // blocks that share a tile's columns. Where the tiles of the last round would leave clusters without work, neighbouring
-// ones can share the columns of those, or the tiles of that round have fewer features. Sums are added in an order of
-// their own: results depend on the configuration, never on timing.
+// ones can share the columns of those. Sums are added in an order of their own: results depend on the configuration,
+// never on timing.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,11 +38,8 @@ struct KernelArguments {
     int token_tiles;
     int feature_tiles;  // of 64
     int tiles;          // of the whole cluster
-    int wide_tiles;     // the first ones, of WARPGROUPS * 64 features a block
-    int narrow;         // warpgroups that work in the other tiles
     int rounds;         // of whole tiles
-    int shared_tiles;   // the tiles that are left, if clusters share each one's columns; else 0
-    int sharers;        // of each
+    int shared_tiles;   // the tiles that are left, if two clusters share each one's columns; else 0
     bool overlap;       // the next kernel may start now
     void* scratch;      // see SharedSums
     uint64_t key;       // of this launch
@@ -67,7 +64,6 @@ struct Tile {
     static constexpr int CLUSTER = CLUSTER_;  // blocks with neighbouring features that share the tokens' loads
     static constexpr int SPLIT = SPLIT_;      // blocks that share a tile's columns
     static constexpr bool SHARES = CLUSTER > 1 && TOKENS >= 128;  // the tiles of the last round can be shared
-    static constexpr bool NARROWS = WARPGROUPS > 2;               // the tiles of the last round can have fewer features
     static constexpr int BLOCKS_PER_CLUSTER = CLUSTER > 1 ? CLUSTER : SPLIT;
 
     static constexpr int THREADS = 128 * WARPGROUPS + 64;
@@ -92,12 +88,9 @@ struct Tile {
     // through the memory of the stage that was read last. Small ones leave by ordinary stores (per warp 16 features,
     // padded off the banks) from memory of their own, which is sooner there.
     static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 256 && SPLIT == 1;
+    // At most 32 tokens at once, and at most 16 where that makes two parts of 16 instead of one of 24.
+    static constexpr int STAGED_TOKENS = OUT_TOKENS / fewest_parts(OUT_TOKENS / 8, OUT_TOKENS % 32 == 16 ? 2 : 4);
     static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
-    // At most 32 tokens, so that there are three buffers, or that a warp stores 16 tokens at once.
-    static constexpr int ROOM = STORES_TILES            ? STAGE_BYTES / WARPGROUPS / (3 * OUT_PITCH)
-                                : OUT_TOKENS % 32 == 16 ? 16
-                                                        : 32;
-    static constexpr int STAGED_TOKENS = OUT_TOKENS / fewest_parts(OUT_TOKENS / 8, (ROOM < 32 ? ROOM : 32) / 8);
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
     static constexpr int OUT_BUFFERS = STORES_TILES ? STAGE_BYTES / WARPGROUPS / OUT_BYTES : 4;  // or one per warp
     static constexpr int STAGING_BYTES = STORES_TILES ? 0 : WARPGROUPS * OUT_BUFFERS * OUT_BYTES;
@@ -108,9 +101,8 @@ struct Tile {
     // Two blocks fit on a multiprocessor: the next kernel's block can fill its stages while this one's still works.
     static constexpr int BLOCKS = 2 * (SHARED_BYTES + 1024) <= 233472 ? 2 : 1;
 
-    static_assert(TOKENS % (8 * CLUSTER) == 0, "a block loads whole groups of eight tokens");
+    static_assert(TOKENS / CLUSTER >= 8, "a block loads whole groups of eight tokens");
     static_assert(BRICKS == 1 || CLUSTER == 1, "one copy of several bricks would not lie where a shared stage has it");
-    static_assert(OUT_BUFFERS > 1, "the copy engine reads one while the next one is written");
     static_assert(SPLIT == 1 || CLUSTER == 1, "columns are shared in a cluster, or between clusters");
     static_assert(SHARED_BYTES <= 232448, "more shared memory than a block can have");
 };
@@ -234,13 +226,11 @@ struct Converter {
 template <typename T>
 __device__ void subtract_zero_points(const KernelArguments& args, int feature, int token_begin, int lane,
                                      int (&d)[T::ACCUMULATORS]) {
-    // A warp's 16 features are all there or not: then their sums are not stored.
-    const int there = feature < args.n ? feature : 0, low = args.weight_sum[there], high = args.weight_sum[there + 8];
+    const int low = args.weight_sum[min(feature, args.n - 1)], high = args.weight_sum[min(feature + 8, args.n - 1)];
 #pragma unroll
     for (int t = 0; t < T::OUT_TOKENS; t += 4) {
         const int token = token_begin + t / 8 * 8 + 2 * (lane % 4) + t % 8 / 4;
-        // Volatile: no more loads at once than there are registers for.
-        const int zero = *const_cast<const volatile int*>(args.x_zero + min(token, args.m - 1) * args.x_scale_stride);
+        const int zero = args.x_zero[min(token, args.m - 1) * args.x_scale_stride];
         d[t / 8 * 4 + t % 8 / 4] -= zero * low;
         d[t / 8 * 4 + t % 8 / 4 + 2] -= zero * high;
     }
@@ -371,8 +361,8 @@ struct Exchange {
     }
 };
 
-// A cluster's tiles: `rounds` whole ones, and then perhaps a part of one of the tiles that are left. Of the clusters
-// that share a tile the last one takes the others' sums and finishes the tile.
+// A cluster's tiles: `rounds` whole ones, and then perhaps half of one of the tiles that are left. The first of the two
+// clusters that share a tile gives its sums away; the second one takes them and finishes the tile.
 template <typename T>
 struct Schedule {
     struct Piece {
@@ -380,29 +370,20 @@ struct Schedule {
     };
 
     const KernelArguments& args;
-    int split_rank;
-
-    // Read again for each piece: the sums leave no registers to keep them in.
-    __device__ static int worker() { return ptx::block_index() / T::BLOCKS_PER_CLUSTER; }
-    __device__ static int workers() { return ptx::block_count() / T::BLOCKS_PER_CLUSTER; }
+    int worker, workers, split_rank;
 
     __device__ Piece piece(int i) const {
         const int columns = args.column_tiles;
         if (!T::SHARES || i < args.rounds) {
-            const int tile = worker() + i * workers();
+            const int tile = worker + i * workers;
             return {tile < args.tiles ? tile : -1, columns * split_rank / T::SPLIT,
                     columns * (split_rank + 1) / T::SPLIT};
         }
-        const int sharer = worker();
-        if (i > args.rounds || sharer >= args.sharers * args.shared_tiles) return {-1, 0, 0};
-        const int part = sharer % args.sharers;
-        return {args.rounds * workers() + sharer / args.sharers, begin(part), begin(part + 1)};
-    }
-    // Each one has fewer columns than the next, as its sums need time to arrive (docs/decisions/0066).
-    __device__ int begin(int part) const {
-        constexpr int kLead = 8;
-        const int columns = args.column_tiles, parts = args.sharers;
-        return columns * part / parts - part * (parts - part) * min(kLead / parts, columns / (parts * parts));
+        if (i > args.rounds || worker >= 2 * args.shared_tiles) return {-1, 0, 0};
+        // The first one has fewer columns, as its sums need time to arrive (docs/decisions/0066).
+        constexpr int kLead = 4;
+        const int tile = args.rounds * workers + worker / 2, middle = columns / 2 - min(kLead, columns / 4);
+        return worker % 2 == 0 ? Piece{tile, 0, middle} : Piece{tile, middle, columns};
     }
     __device__ bool gives(const Piece& p) const { return T::SHARES && p.last < args.column_tiles; }
     __device__ bool takes(const Piece& p) const { return T::SHARES && p.first > 0; }
@@ -419,19 +400,16 @@ struct SharedSums {
     struct alignas(16) Four {
         Sum x, y, z, w;
     };
-    // [giving blocks][warpgroups][VECTORS][128 threads] sums, then [giving blocks][warpgroups] keys.
+    // [pairs of blocks][warpgroups][VECTORS][128 threads] sums, then [pairs][warpgroups] keys.
     Four* sums;
     uint64_t* keys;
 
-    // Those of the `part`-th cluster of the ones that share `worker`'s tile.
-    __device__ SharedSums(const KernelArguments& args, int worker, int rank, int part) {
+    __device__ SharedSums(const KernelArguments& args, int pair) {
         constexpr int kBlock = T::WARPGROUPS * T::VECTORS * 128;
-        const int givers = args.sharers - 1;
-        const int64_t blocks = int64_t(args.shared_tiles) * givers * T::CLUSTER;
-        const int64_t block = int64_t(worker / args.sharers * givers + part) * T::CLUSTER + rank;
+        const int64_t pairs = args.shared_tiles * T::CLUSTER;
         Four* const all = static_cast<Four*>(args.scratch);
-        sums = all + block * kBlock;
-        keys = reinterpret_cast<uint64_t*>(all + blocks * kBlock) + block * T::WARPGROUPS;
+        sums = all + int64_t(pair) * kBlock;
+        keys = reinterpret_cast<uint64_t*>(all + pairs * kBlock) + pair * T::WARPGROUPS;
     }
     __device__ void give(uint64_t key, int warpgroup, int thread, const Sum (&d)[T::ACCUMULATORS]) {
         Four* const to = sums + warpgroup * T::VECTORS * 128 + thread;
@@ -483,18 +461,14 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
     const int block_rank = T::BLOCKS_PER_CLUSTER == 1 ? 0 : int(ptx::cluster_rank());
     const int rank = block_rank % T::CLUSTER;
     const int split_rank = block_rank / T::CLUSTER;
-    const Schedule<T> schedule{args, split_rank};
+    const int worker = blockIdx.x / T::BLOCKS_PER_CLUSTER;
+    const Schedule<T> schedule{args, worker, int(gridDim.x / T::BLOCKS_PER_CLUSTER), split_rank};
+    const int pair = worker / 2 * T::CLUSTER + rank;  // the two blocks that share a tile's columns
     const int thread = threadIdx.x % 128;
     const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
     const auto feature_tile = [&](int tile, int group) {
-        if (!T::NARROWS || tile < args.wide_tiles) {
-            return (tile / args.token_tiles * T::CLUSTER + rank) * T::WARPGROUPS + group;
-        }
-        return args.wide_tiles / args.token_tiles * T::CLUSTER * T::WARPGROUPS +
-               ((tile - args.wide_tiles) / args.token_tiles * T::CLUSTER + rank) * args.narrow + group;
+        return ((tile / args.token_tiles) * T::CLUSTER + rank) * T::WARPGROUPS + group;
     };
-    // Warpgroups that have features of a tile.
-    const auto working = [&](int tile) { return T::NARROWS && tile >= args.wide_tiles ? args.narrow : T::WARPGROUPS; };
     // The last tile of many is moved back to end with the last token: tokens beyond m cost the copy engine more than
     // real ones.
     const auto first_token = [&](int tile) {
@@ -533,7 +507,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                     }
                 }
             }
-            for (int i = 0; takes && i < T::SUM_STAGES * (args.sharers - 1); ++i, ring.advance()) {
+            for (int i = 0; takes && i < T::SUM_STAGES; ++i, ring.advance()) {
                 ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
                 ptx::barrier_arrive(full + ring.stage * 8);  // without tokens
             }
@@ -562,11 +536,9 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         bool takes = false;
         const auto load = [&] {
             const uint32_t barrier = full + ring.stage * 8;
-            const int groups = working(piece.tile);
-            ptx::barrier_arrive_expect(barrier, T::W_SLICE * groups);
+            ptx::barrier_arrive_expect(barrier, T::W_SLICE * T::WARPGROUPS);
 #pragma unroll
             for (int g = 0; g < T::WARPGROUPS; ++g) {
-                if (g == groups) break;
                 ptx::copy_bulk(stage_base + ring.stage * T::STAGE_BYTES + T::X_BYTES + g * T::W_SLICE, source[g],
                                T::W_SLICE, barrier, policy);
                 source[g] += T::W_SLICE;
@@ -607,8 +579,8 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 ptx::barrier_wait(empty + ring.stage * 8, ring.parity);
                 load();
             }
-            for (int giver = 0; takes && giver < args.sharers - 1; ++giver) {
-                SharedSums<T> shared(args, schedule.worker(), rank, giver);
+            if (takes) {
+                SharedSums<T> shared(args, pair);
                 shared.wait(args.key);
                 for (int i = 0; i < T::SUM_STAGES; ++i, ring.advance()) {
                     const uint32_t barrier = full + ring.stage * 8, stage = stage_base + ring.stage * T::STAGE_BYTES;
@@ -666,8 +638,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
         const auto find_part = [&](const auto& piece) -> Part {
             const int feature_begin = feature_tile(piece.tile, warpgroup) * 64;
             return {feature_begin, first_token(piece.tile) + split_rank * T::OUT_TOKENS,
-                    split_rank < T::OWNERS && feature_begin < args.n && warpgroup < working(piece.tile) &&
-                        !schedule.gives(piece)};
+                    split_rank < T::OWNERS && feature_begin < args.n && !schedule.gives(piece)};
         };
         for (int index = 0;; ++index) {
             auto piece = schedule.piece(index);
@@ -681,16 +652,6 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             int previous = -1;
             // Metadata registers of a batch may not change before it has finished: two sets, one batch in flight.
             Metadata even[T::BRICKS], odd[T::BRICKS];
-            // Leaves the stage before this one to the copies.
-            const auto proceed = [&] {
-                if (previous >= 0) {
-                    release(previous);
-                } else if (T::STORES_TILES && kept >= 0) {
-                    release_kept();
-                }
-                previous = ring.stage;
-                ring.advance();
-            };
             const auto step = [&](Metadata(&metadata)[T::BRICKS]) {
                 const uint32_t base = stage_base + ring.stage * T::STAGE_BYTES;
                 const uint32_t w = base + T::X_BYTES + warpgroup * T::W_SLICE;
@@ -709,15 +670,15 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
                 }
                 wgmma::commit();
                 wgmma::wait<1>();
-                proceed();
+                if (previous >= 0) {
+                    release(previous);
+                } else if (T::STORES_TILES && kept >= 0) {
+                    release_kept();
+                }
+                previous = ring.stage;
+                ring.advance();
             };
             int left = piece.last - piece.first;
-            if (T::NARROWS && warpgroup >= working(piece.tile)) {
-                for (; left > 0; --left) {
-                    ptx::barrier_wait(full + ring.stage * 8, ring.parity);
-                    proceed();
-                }
-            }
             for (; left > 1; left -= 2) {
                 step(even);
                 step(odd);
@@ -729,7 +690,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             piece = schedule.piece(index);
             const Part part = find_part(piece);
             const bool gives = schedule.gives(piece);
-            for (int givers = schedule.takes(piece) ? args.sharers - 1 : 0; givers > 0; --givers) {
+            if (schedule.takes(piece)) {
 #pragma unroll
                 for (int i = 0; i < T::SUM_STAGES; ++i, ring.advance()) {
                     release(previous);
@@ -746,8 +707,7 @@ __global__ void __launch_bounds__(T::THREADS, T::BLOCKS)
             }
 
             if (gives) {
-                const int worker = schedule.worker();
-                SharedSums<T>(args, worker, rank, worker % args.sharers).give(args.key, warpgroup, thread, d);
+                SharedSums<T>(args, pair).give(args.key, warpgroup, thread, d);
             } else if constexpr (T::SPLIT > 1) {
                 exchange.reduce(warpgroup * 128 + thread, d);
             }

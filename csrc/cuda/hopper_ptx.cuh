@@ -143,29 +143,16 @@ __device__ __forceinline__ void cluster_arrive() {
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Volatile, unlike the built-in variables: read where they are needed.
-__device__ __forceinline__ int block_index() {
-    int index;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-    return index;
-}
-
-__device__ __forceinline__ int block_count() {
-    int count;
-    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(count));
-    return count;
-}
-
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
 
-// All consumer warpgroups (of at most four; their own barriers are 1 to 4).
+// All consumer warpgroups (of at most three; their own barriers are 1 to 3).
 template <int WARPGROUPS>
 __device__ __forceinline__ void sync_consumers() {
-    asm volatile("bar.sync 5, %0;" ::"n"(128 * WARPGROUPS) : "memory");
+    asm volatile("bar.sync 4, %0;" ::"n"(128 * WARPGROUPS) : "memory");
 }
 
 __device__ __forceinline__ void sync_warpgroup(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }

@@ -247,7 +247,7 @@ class TestChoice:
         self, element: torch.dtype, m: int
     ) -> None:
         tokens = self.tokens(element, m, 4096, 4096)
-        assert tokens >= min(m, 128)
+        assert tokens >= min(m, 64)
         tiles = (16, 32, 64, 96, 128, 144, 160, 192)
         tiles = (8, *tiles) if element in (FP8, INT8) else tiles
         assert m > 192 or tokens == min(t for t in tiles if t >= m)
@@ -334,18 +334,15 @@ class TestOnGpu:
                 run_exactly(layer, index, m, element)
 
     def test_what_whole_rounds_leave_is_exact_and_repeatable(self, element: torch.dtype) -> None:
-        """Sixty-nine tiles of 256 features: more rounds than clusters can have whole, the last one shared or narrower.
-
-        Three tiles of tokens leave six tiles of 256 features x 256 tokens, so few that four clusters can share each.
-        """
-        integers = Layer(random_weight(69 * 256, 1184, element, integers=True))
-        layer = Layer(random_weight(69 * 256, 1184, element))
+        """Sixty-nine tiles of 256 features: one more round than clusters can have, of which columns may be shared."""
+        integers = Layer(random_weight(69 * 256, 288, element, integers=True))
+        layer = Layer(random_weight(69 * 256, 288, element))
         module, number = cuda_hopper._cuda, ELEMENTS.index(element)
         for index in range(module.hopper_configurations(number)):
             tokens = module.hopper_configuration_tokens(number, index)
-            for m in (tokens, tokens + 1, 3 * tokens) if tokens >= 64 else ():
+            for m in {tokens, tokens + 1} if tokens >= 128 else ():
                 run_exactly(integers, index, m, element)
-                x, x_scale = (None if t is None else t.cuda() for t in codes(m, 1184, element))
+                x, x_scale = (None if t is None else t.cuda() for t in codes(m, 288, element))
                 want = run_configuration(layer, index, x, x_scale, None)
                 for _ in range(10):
                     assert torch.equal(run_configuration(layer, index, x, x_scale, None), want), (index, m)
