@@ -18,7 +18,7 @@ const Table& table(Element element) {
 
 // What is known of an element's kernels on a device.
 constexpr int kMaxDevices = 64;
-constexpr int kMaxRows = 32;
+constexpr int kMaxRows = 40;
 struct Device {
     int multiprocessors = 0;
     int workers[kMaxRows] = {};  // clusters that run at once with one block per multiprocessor
@@ -154,13 +154,11 @@ int configuration_tokens(Element element, int configuration) { return table(elem
 int choose_configuration(Element element, int m, int n, int k, int multiprocessors) {
     // Up to this many tokens one tile holds them all, and the smallest such tile is the fastest.
     constexpr int kOneTile = 192;
-    // Up to this many, blocks of one cluster split the columns sooner than clusters share them.
-    constexpr int kNearSplit = 128;
     // What it takes to hand a tile's sums over, on top of half of its columns; fitted as the table's numbers are.
     constexpr float kSharingUs = 3.0f;
     const Table& t = table(element);
     const int bricks = ceil_div(k * element_bytes(element), kBrickRowBytes);
-    int fewest = 128;
+    int fewest = 64;  // smaller ones never pay there
     if (m <= kOneTile) {
         fewest = kOneTile;
         for (int i = 0; i < t.count; ++i) {
@@ -175,7 +173,7 @@ int choose_configuration(Element element, int m, int n, int k, int multiprocesso
         // Clusters that share the tokens' loads as well are faster there; these rows' costs are those of one tile.
         if (m > kOneTile && c.split > 1) continue;
         const Rounds rounds = plan_rounds(c, m, n, count_clusters(multiprocessors, blocks_per_cluster(c)));
-        if (c.shares && (rounds.shared_tiles == 0 || m <= kNearSplit)) continue;
+        if (c.shares && (rounds.shared_tiles == 0 || m <= kOneTile)) continue;
         const float columns = ceil_div(bricks, c.split);
         float us = rounds.whole * (c.tile_us + c.brick_us * columns);
         if (c.shares) us += kSharingUs + c.tile_us + c.brick_us * columns / 2;

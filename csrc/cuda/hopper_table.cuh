@@ -50,8 +50,8 @@ Configuration shared_row(float tile_us, float brick_us) {
 }
 
 // The last two numbers are the cost of one tile and of one brick column of it in microseconds, fitted to an H200
-// (docs/decisions/0044, 0063, 0064, 0066): they choose between entries, so only their order matters, and up to 192
-// tokens only that of entries with equal tokens.
+// (docs/decisions/0044, 0063, 0064, 0066, 0067): they choose between entries, so only their order matters, and up to
+// 192 tokens only that of entries with equal tokens.
 //    tokens warpgroups bricks stages cluster split
 template <typename E>
 Table table_of_8_bits() {
@@ -67,18 +67,28 @@ Table table_of_8_bits() {
         row<Tile<E, 32, 2, 1, 12, 1, 2>>(2.99f, 0.149f),         // all others
         row<Tile<E, 64, 1, 2, 7, 1, 2>>(3.26f, 0.132f),          // o, down
         row<Tile<E, 64, 2, 1, 10, 1, 2>>(3.91f, 0.260f),         // qkv
-        row<Tile<E, 64, 2, 1, 10, 2, 1>>(4.00f, 0.353f),         // gate_up
+        row<Tile<E, 64, 2, 1, 10, 2, 1>>(1.60f, 0.235f),         // gate_up; o at 193 to 256 tokens
         row<Tile<E, 96, 1, 1, 11, 1, 2>>(0.7f, 0.177f),          // qkv, o, down
-        row<Tile<E, 96, 2, 1, 8, 2, 1>>(2.0f, 0.187f),           // gate_up
+        row<Tile<E, 96, 2, 1, 8, 2, 1>>(2.00f, 0.230f),          // gate_up; o at 257 to 288 tokens
         row<Tile<E, 128, 1, 1, 9, 1, 2>>(0.52f, 0.330f),         // o, down
         row<Tile<E, 128, 2, 1, 6, 1, 2>>(2.21f, 0.382f),         // qkv
         row<Tile<E, 128, 2, 1, 8, 2, 1>>(2.13f, 0.277f),         // o and down at 512 tokens
         shared_row<Tile<E, 128, 2, 1, 8, 2, 1>>(2.13f, 0.277f),  // o and down at 256 tokens
         row<Tile<E, 128, 2, 1, 8, 4, 1>>(2.51f, 0.241f),         // gate_up; qkv at 256 tokens, o at 384
         row<Tile<E, 128, 3, 1, 6, 2, 1>>(3.75f, 0.338f),  // where 192 features a tile save a wave: qkv at 512 and 1024
-        row<Tile<E, 192, 2, 1, 4, 1, 2>>(3.50f, 0.370f),  // qkv, o, down at 129 to 192 tokens
-        row<Tile<E, 192, 2, 1, 6, 2, 1>>(3.48f, 0.317f),  // gate_up at 129 to 192 tokens, qkv at 384
-        shared_row<Tile<E, 192, 2, 1, 6, 2, 1>>(3.48f, 0.317f),  // down and gate_up at 384 tokens, qkv at 768
+        row<Tile<E, 144, 1, 1, 8, 1, 2>>(0.50f, 0.345f),  // o, down
+        row<Tile<E, 144, 2, 1, 6, 1, 2>>(2.40f, 0.390f),  // qkv
+        row<Tile<E, 144, 2, 1, 7, 2, 1>>(2.50f, 0.287f),  // gate_up; qkv at 288 tokens
+        shared_row<Tile<E, 144, 2, 1, 7, 2, 1>>(2.50f, 0.287f),  // gate_up and down at 288 tokens
+        row<Tile<E, 160, 1, 1, 7, 1, 2>>(0.50f, 0.380f),         // o, down
+        row<Tile<E, 160, 2, 1, 5, 1, 2>>(2.90f, 0.400f),         // qkv
+        row<Tile<E, 160, 2, 1, 7, 2, 1>>(2.80f, 0.297f),         // gate_up; qkv at 320 tokens
+        shared_row<Tile<E, 160, 2, 1, 7, 2, 1>>(2.80f, 0.297f),  // gate_up and down at 320 tokens
+        row<Tile<E, 192, 1, 1, 6, 1, 2>>(1.00f, 0.380f),         // o, down
+        row<Tile<E, 192, 2, 1, 4, 1, 2>>(3.50f, 0.370f),         // qkv
+        row<Tile<E, 192, 2, 1, 6, 2, 1>>(3.48f, 0.317f),         // gate_up; qkv at 384 tokens, o and down at 768
+        shared_row<Tile<E, 192, 2, 1, 6, 2, 1>>(3.48f, 0.317f),  // down and gate_up at 384 tokens
+        row<Tile<E, 192, 3, 1, 5, 2, 1>>(8.00f, 0.433f),         // qkv at 768 tokens
         row<Tile<E, 256, 2, 1, 5, 2, 1>>(4.55f, 0.390f),         // prefill; gate_up from 193 tokens on
         shared_row<Tile<E, 256, 2, 1, 5, 2, 1>>(4.55f, 0.390f),  // down and gate_up at 512 tokens
     };
@@ -101,9 +111,19 @@ Table table_of_16_bits() {
         shared_row<Tile<E, 128, 2, 1, 8, 2, 1>>(1.61f, 0.264f),  // o and down at 256 tokens
         row<Tile<E, 128, 2, 1, 8, 4, 1>>(2.17f, 0.234f),         // gate_up; qkv at 256 tokens, o at 384
         row<Tile<E, 128, 3, 1, 6, 2, 1>>(4.39f, 0.323f),         // qkv at 512 and 1024 tokens
-        row<Tile<E, 192, 2, 1, 4, 1, 2>>(4.00f, 0.400f),         // qkv and o at 129 to 192 tokens
-        row<Tile<E, 192, 2, 1, 6, 2, 1>>(4.48f, 0.302f),         // gate_up at 129 to 192 tokens; 768 tokens
-        shared_row<Tile<E, 192, 2, 1, 6, 2, 1>>(4.48f, 0.302f),  // down at 129 to 192 tokens; 384 tokens; qkv at 768
+        row<Tile<E, 144, 1, 1, 8, 1, 2>>(0.50f, 0.345f),         // o, down
+        row<Tile<E, 144, 2, 1, 6, 1, 2>>(2.40f, 0.390f),         // qkv
+        row<Tile<E, 144, 2, 1, 7, 2, 1>>(2.40f, 0.275f),         // gate_up; qkv at 288 tokens
+        shared_row<Tile<E, 144, 2, 1, 7, 2, 1>>(2.40f, 0.275f),  // gate_up and down at 288 tokens
+        row<Tile<E, 160, 1, 1, 7, 1, 2>>(0.50f, 0.380f),         // o, down
+        row<Tile<E, 160, 2, 1, 5, 1, 2>>(2.90f, 0.400f),         // qkv
+        row<Tile<E, 160, 2, 1, 7, 2, 1>>(3.00f, 0.285f),         // gate_up; qkv at 320 tokens
+        shared_row<Tile<E, 160, 2, 1, 7, 2, 1>>(3.00f, 0.285f),  // gate_up and down at 320 tokens
+        row<Tile<E, 192, 1, 1, 6, 1, 2>>(1.00f, 0.380f),         // o, down
+        row<Tile<E, 192, 2, 1, 4, 1, 2>>(4.00f, 0.400f),         // qkv
+        row<Tile<E, 192, 2, 1, 6, 2, 1>>(4.48f, 0.302f),         // gate_up; 768 tokens
+        shared_row<Tile<E, 192, 2, 1, 6, 2, 1>>(4.48f, 0.302f),  // 384 tokens
+        row<Tile<E, 192, 3, 1, 5, 2, 1>>(8.00f, 0.418f),         // qkv at 768 tokens
         row<Tile<E, 256, 2, 1, 5, 2, 1>>(5.66f, 0.376f),         // prefill; gate_up at 256 tokens
         shared_row<Tile<E, 256, 2, 1, 5, 2, 1>>(5.66f, 0.376f),  // down and gate_up at 512 tokens
     };

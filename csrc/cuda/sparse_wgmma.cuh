@@ -62,9 +62,14 @@ struct Float16 {
 #define VLLM_SPARSE_R64 \
     VLLM_SPARSE_R48     \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define VLLM_SPARSE_R96                                                                \
-    VLLM_SPARSE_R64                                                                    \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+#define VLLM_SPARSE_R72 \
+    VLLM_SPARSE_R64     \
+    ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define VLLM_SPARSE_R80 \
+    VLLM_SPARSE_R72     \
+    ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define VLLM_SPARSE_R96 \
+    VLLM_SPARSE_R80     \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define VLLM_SPARSE_R128                                                                           \
     VLLM_SPARSE_R96                                                                                \
@@ -77,6 +82,8 @@ struct Float16 {
 #define VLLM_SPARSE_D32(kind, i) VLLM_SPARSE_D16(kind, i), VLLM_SPARSE_D16(kind, i + 16)
 #define VLLM_SPARSE_D48(kind, i) VLLM_SPARSE_D32(kind, i), VLLM_SPARSE_D16(kind, i + 32)
 #define VLLM_SPARSE_D64(kind, i) VLLM_SPARSE_D32(kind, i), VLLM_SPARSE_D32(kind, i + 32)
+#define VLLM_SPARSE_D72(kind, i) VLLM_SPARSE_D64(kind, i), VLLM_SPARSE_D8(kind, i + 64)
+#define VLLM_SPARSE_D80(kind, i) VLLM_SPARSE_D64(kind, i), VLLM_SPARSE_D16(kind, i + 64)
 #define VLLM_SPARSE_D96(kind, i) VLLM_SPARSE_D64(kind, i), VLLM_SPARSE_D32(kind, i + 64)
 #define VLLM_SPARSE_D128(kind, i) VLLM_SPARSE_D64(kind, i), VLLM_SPARSE_D64(kind, i + 64)
 
@@ -98,6 +105,8 @@ struct Float16 {
     VLLM_SPARSE_MULTIPLY(Element, kind, k, types, flags, 32, 64, 32, 33, 34, 35)  \
     VLLM_SPARSE_MULTIPLY(Element, kind, k, types, flags, 48, 96, 48, 49, 50, 51)  \
     VLLM_SPARSE_MULTIPLY(Element, kind, k, types, flags, 64, 128, 64, 65, 66, 67) \
+    VLLM_SPARSE_MULTIPLY(Element, kind, k, types, flags, 72, 144, 72, 73, 74, 75) \
+    VLLM_SPARSE_MULTIPLY(Element, kind, k, types, flags, 80, 160, 80, 81, 82, 83) \
     VLLM_SPARSE_MULTIPLY(Element, kind, k, types, flags, 96, 192, 96, 97, 98, 99) \
     VLLM_SPARSE_MULTIPLY(Element, kind, k, types, flags, 128, 256, 128, 129, 130, 131)
 
@@ -114,6 +123,8 @@ VLLM_SPARSE_MULTIPLIES(Float16, "+f", "k32", ".f32.f16.f16", ", 1, 1, 0, 0")
 #undef VLLM_SPARSE_D32
 #undef VLLM_SPARSE_D48
 #undef VLLM_SPARSE_D64
+#undef VLLM_SPARSE_D72
+#undef VLLM_SPARSE_D80
 #undef VLLM_SPARSE_D96
 #undef VLLM_SPARSE_D128
 #undef VLLM_SPARSE_R4
@@ -122,6 +133,8 @@ VLLM_SPARSE_MULTIPLIES(Float16, "+f", "k32", ".f32.f16.f16", ", 1, 1, 0, 0")
 #undef VLLM_SPARSE_R32
 #undef VLLM_SPARSE_R48
 #undef VLLM_SPARSE_R64
+#undef VLLM_SPARSE_R72
+#undef VLLM_SPARSE_R80
 #undef VLLM_SPARSE_R96
 #undef VLLM_SPARSE_R128
 
