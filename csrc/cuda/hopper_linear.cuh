@@ -88,7 +88,7 @@ struct Tile {
     // through the memory of the stage that was read last. Small ones leave by ordinary stores (per warp 16 features,
     // padded off the banks) from memory of their own, which is sooner there.
     static constexpr bool STORES_TILES = TOKENS * WARPGROUPS >= 256 && SPLIT == 1;
-    // At most 32 tokens at once, and at most 16 where that makes two parts of 16 instead of one of 24.
+    // At most 32 tokens at once; at most 16 where those divide the tile and 32 do not.
     static constexpr int STAGED_TOKENS = OUT_TOKENS / fewest_parts(OUT_TOKENS / 8, OUT_TOKENS % 32 == 16 ? 2 : 4);
     static constexpr int OUT_PITCH = STORES_TILES ? 128 : 48;
     static constexpr int OUT_BYTES = STAGED_TOKENS * OUT_PITCH;
