@@ -369,10 +369,9 @@ __device__ __forceinline__ float2 load_bias(const Params& p, int row) {
     return {to_float(bias[0]), to_float(bias[8])};
 }
 
-// `apart`: tokens from the beginning of one MMA tile to that of the next.
 template <typename T, int kI, int kJ>
-__device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], const Place& place, Rows rows,
-                                           int apart = 8) {
+__device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], const Place& place, Rows rows) {
+    const int token0 = place.token;
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
         const int block = rows.first + i * rows.stride, row = (place.block + block) * kRowBlock;
@@ -380,9 +379,8 @@ __device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ]
         const float2 scale = load_channel_scale(p, row), bias = load_bias<T>(p, row);
 #pragma unroll
         for (int j = 0; j < kJ; ++j) {
-            const int token = place.token + apart * j;
-            if (token >= p.m) break;
-            store_unit<T>(p, acc[i][j], row, token, scale, bias);
+            if (token0 + 8 * j >= p.m) break;
+            store_unit<T>(p, acc[i][j], row, token0 + 8 * j, scale, bias);
         }
     }
 }

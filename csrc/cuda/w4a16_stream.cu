@@ -36,8 +36,8 @@ struct Config {
 struct StreamParams : Params {
     int height;   // row blocks that a step has room for: those of the tallest tile, and a whole number of warps'
     int part;     // row blocks whose sums one block of a cluster adds up
-    int apart;    // tokens from the beginning of one tile of 8 to that of the next
-    bool planes;  // one copy fetches a tile's tokens of a stage
+    int rows;     // tokens that are copied: zeros cost the copy engine more than tokens
+    bool planes;  // one copy fetches the tokens of a stage
     int weight_stages, token_stages;
     int weight_bytes, token_bytes;  // of a stage
     int weights, sums, barriers;    // offsets in shared memory; the tokens are at 0
@@ -61,12 +61,11 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 #undef VLLM_SPARSE_MMA
 }
 
-// Where a warp's tokens lie in a stage, for ldmatrix. Rows of 128 swizzled bytes, 64 columns of a tile's tokens after
-// the other, one tile after the other; 16 bytes of a row are one piece. Tokens beyond the last repeat it: their sums
-// are not stored.
+// Where a warp's tokens lie in a stage, for ldmatrix. Rows of 128 swizzled bytes, 64 columns of all tokens after the
+// other; 16 bytes of a row are one piece. Tokens beyond the last repeat it: their sums are not stored.
 template <typename C>
 struct Tokens {
-    // With 9 to 16 tokens, both tiles have 8, the second ends with the last one, and the places differ by constants.
+    // With 9 to 16 tokens, 16 rows are copied, and the places differ by constants.
     static constexpr bool kFixed = C::kJ == 2;
     uint32_t first[kFixed ? 1 : 2 * C::kRepeat];
 
@@ -75,14 +74,13 @@ struct Tokens {
 #pragma unroll
         for (int i = 0; i < (kFixed ? 1 : 2 * C::kRepeat); ++i) {
             const int row =
-                (2 * (i / 2 * C::kWays + way) + i % 2) * (kFixed ? 8 : rows) + min(lane % 8, kFixed ? 7 : rows - 1);
+                (2 * (i / 2 * C::kWays + way) + i % 2) * (kFixed ? 16 : rows) + min(lane % 8, kFixed ? 7 : rows - 1);
             first[i] = row * 128 + ((lane / 8) ^ (row % 8)) * 16;
         }
     }
     __device__ __forceinline__ uint32_t at(uint32_t stage, int repeat, int unit, int j) const {
         if constexpr (kFixed) {
-            return ((stage + first[0]) ^ (unit % 2 * 64)) + (2 * repeat * C::kWays + unit / 2) * 1024 +
-                   j * C::kSteps * 2048;
+            return ((stage + first[0]) ^ (unit % 2 * 64)) + (2 * repeat * C::kWays + unit / 2) * 2048 + j * 1024;
         } else {
             return (stage + first[2 * repeat + unit / 2]) ^ (unit % 2 * 64);
         }
@@ -214,21 +212,17 @@ template <typename C>
 __device__ __forceinline__ void copy_tokens(const StreamParams& p, const CUtensorMap* token_map, uint32_t shared,
                                             Ring ring, const Share& share) {
     const uint64_t policy = ptx::policy_evict_last();
-    const uint32_t tile_bytes = 256 * C::kSteps * p.rows;
     for (int tile = blockIdx.x / p.slices; tile < p.tiles; tile += gridDim.x / p.slices) {
         for (int chunk = share.begin; chunk < share.end; ++chunk, ring.next()) {
-            const uint32_t stage = shared + ring.stage * p.token_bytes, full = ring.is_full();
+            const uint32_t to = shared + ring.stage * p.token_bytes, full = ring.is_full();
             ptx::barrier_wait(ring.is_empty(), ring.parity ^ 1);
-            ptx::barrier_arrive_expect(full, C::kJ * tile_bytes);
-            for (int j = 0; j < C::kJ; ++j) {
-                const uint32_t to = stage + j * tile_bytes;
-                if (p.planes) {
-                    ptx::copy_tile(to, token_map, 0, j * p.apart, 2 * C::kSteps * chunk, full, policy);
-                } else {
-                    for (int plane = 0; plane < 2 * C::kSteps; ++plane) {
-                        ptx::copy_tile(to + plane * 128 * p.rows, token_map, (2 * C::kSteps * chunk + plane) * 64,
-                                       j * p.apart, 0, full, policy);
-                    }
+            ptx::barrier_arrive_expect(full, 256 * C::kSteps * p.rows);
+            if (p.planes) {
+                ptx::copy_tile(to, token_map, 0, 0, 2 * C::kSteps * chunk, full, policy);
+            } else {
+                for (int plane = 0; plane < 2 * C::kSteps; ++plane) {
+                    ptx::copy_tile(to + plane * 128 * p.rows, token_map, (2 * C::kSteps * chunk + plane) * 64, 0, 0,
+                                   full, policy);
                 }
             }
         }
@@ -271,7 +265,7 @@ __device__ __forceinline__ void add_up(const StreamParams& p, const float (&acc)
         for (int source = 0; source < p.slices * C::kWays; ++source, from += p.part * C::kJ * 32) {
             c[0] += from->x, c[1] += from->y, c[2] += from->z, c[3] += from->w;
         }
-        store_unit<T>(p, c, row, piece % C::kJ * p.apart, scale, bias);
+        store_unit<T>(p, c, row, piece % C::kJ * 8, scale, bias);
     }
 }
 
@@ -355,7 +349,7 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
             weight_ring.next(), token_ring.next();
         }
         if constexpr (C::kWhole) {
-            store_tile<T>(p, acc, place, Rows{row_group * C::kI, 1}, p.apart);
+            store_tile<T>(p, acc, place, Rows{row_group * C::kI, 1});
         } else {
             add_up<T, C>(p, acc, shared, arrived, place, rank, row_group, way);
         }
@@ -421,10 +415,9 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, int slic
     // The loop reads kI row blocks without asking. Those that a tile lacks are room that nobody writes, not another
     // step, another stage or the sums; what comes of them is dropped.
     p.height = (p.height + C::kI - 1) / C::kI * C::kI;
-    p.rows = C::kJ == 1 ? p.m : 8;
-    p.apart = p.m > 8 ? p.m - 8 : 0;
+    p.rows = C::kJ == 1 ? problem.m : 16;
     p.planes = problem.k % 64 == 0;
-    p.token_bytes = (256 * C::kSteps * C::kJ * p.rows + 1023) / 1024 * 1024;
+    p.token_bytes = (256 * C::kSteps * p.rows + 1023) / 1024 * 1024;
     p.weight_bytes = C::kSteps * p.height * C::kBlock;
     const int sum_bytes = C::kWhole ? 0 : slices * C::kWays * p.part * C::kJ * 512;
     const int chunks = (p.steps + C::kSteps * slices - 1) / (C::kSteps * slices);
