@@ -36,7 +36,7 @@ struct Config {
 struct StreamParams : Params {
     int height;   // row blocks that a step has room for: those of the tallest tile, and a whole number of warps'
     int part;     // row blocks whose sums one block of a cluster adds up
-    int rows;     // tokens that are copied: zeros cost the copy engine more than tokens
+    int copied;   // tokens: with 9 to 16, 16 in one copy, which takes less time than two of what there is
     bool planes;  // one copy fetches the tokens of a stage
     int weight_stages, token_stages;
     int weight_bytes, token_bytes;  // of a stage
@@ -216,12 +216,12 @@ __device__ __forceinline__ void copy_tokens(const StreamParams& p, const CUtenso
         for (int chunk = share.begin; chunk < share.end; ++chunk, ring.next()) {
             const uint32_t to = shared + ring.stage * p.token_bytes, full = ring.is_full();
             ptx::barrier_wait(ring.is_empty(), ring.parity ^ 1);
-            ptx::barrier_arrive_expect(full, 256 * C::kSteps * p.rows);
+            ptx::barrier_arrive_expect(full, 256 * C::kSteps * p.copied);
             if (p.planes) {
                 ptx::copy_tile(to, token_map, 0, 0, 2 * C::kSteps * chunk, full, policy);
             } else {
                 for (int plane = 0; plane < 2 * C::kSteps; ++plane) {
-                    ptx::copy_tile(to + plane * 128 * p.rows, token_map, (2 * C::kSteps * chunk + plane) * 64, 0, 0,
+                    ptx::copy_tile(to + plane * 128 * p.copied, token_map, (2 * C::kSteps * chunk + plane) * 64, 0, 0,
                                    full, policy);
                 }
             }
@@ -322,7 +322,7 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
     const int row_group = warp % C::kRowGroups, way = warp / C::kRowGroups;
-    const Tokens<C> tokens(p.rows, way);
+    const Tokens<C> tokens(p.copied, way);
     const char* weights = shared + p.weights + (way * p.height + row_group * C::kI) * C::kBlock;
     const int repeat_bytes = C::kWays * p.height * C::kBlock;
     for (int tile = blockIdx.x / p.slices; tile < p.tiles; tile += gridDim.x / p.slices) {
@@ -415,9 +415,9 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, int slic
     // The loop reads kI row blocks without asking. Those that a tile lacks are room that nobody writes, not another
     // step, another stage or the sums; what comes of them is dropped.
     p.height = (p.height + C::kI - 1) / C::kI * C::kI;
-    p.rows = C::kJ == 1 ? problem.m : 16;
+    p.copied = C::kJ == 1 ? problem.m : 16;
     p.planes = problem.k % 64 == 0;
-    p.token_bytes = (256 * C::kSteps * p.rows + 1023) / 1024 * 1024;
+    p.token_bytes = (256 * C::kSteps * p.copied + 1023) / 1024 * 1024;
     p.weight_bytes = C::kSteps * p.height * C::kBlock;
     const int sum_bytes = C::kWhole ? 0 : slices * C::kWays * p.part * C::kJ * 512;
     const int chunks = (p.steps + C::kSteps * slices - 1) / (C::kSteps * slices);
@@ -441,7 +441,7 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, int slic
     p.sums = (p.weights + p.weight_stages * p.weight_bytes + 15) / 16 * 16;
     p.barriers = (p.sums + sum_bytes + 7) / 8 * 8;
     CUtensorMap token_map;
-    if (const char* why = describe_planes(problem, p.rows, p.planes ? 2 * C::kSteps : 0, &token_map)) return why;
+    if (const char* why = describe_planes(problem, p.copied, p.planes ? 2 * C::kSteps : 0, &token_map)) return why;
     return launch({kernel, kThreads, kSharedBytes, (p.tiles < clusters ? p.tiles : clusters) * slices, slices}, p,
                   token_map, device, stream);
 }
