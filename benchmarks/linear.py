@@ -17,7 +17,9 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +326,9 @@ def summarize(results: list[dict[str, Any]], model: str) -> None:
 
 def versions() -> dict[str, str]:
     found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    for name in ("vllm-sparse", "vllm"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     if torch.backends.cusparselt.is_available():
         found["cusparselt"] = str(torch.backends.cusparselt.version())
     return found
