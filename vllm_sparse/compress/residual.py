@@ -38,12 +38,19 @@ class Write:
 
 @dataclass
 class _Seen:
-    """What one pass showed: inputs of modules and outputs of linear layers by name, those of a kind in their order."""
+    """What one pass showed.
+
+    Attributes:
+        streams: inputs of modules that have the stream's size, by name, in the order of the calls.
+        inputs: of linear layers.
+        outputs: those that have the stream's size.
+        begun: how many of ``streams`` were seen before a layer's output.
+    """
 
     streams: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    begun: dict[str, int] = field(default_factory=dict)  # how many streams were seen before a layer's output
+    begun: dict[str, int] = field(default_factory=dict)
 
 
 def find_writes(
@@ -125,7 +132,8 @@ class Streams:
     """Hooks on one block: the stream of the dense model, and what that of another pass lacks.
 
     Args:
-        writes: by layer; without any nothing is lacking.
+        linears: layers of the block, by name.
+        writes: those that add to the stream; without any nothing is lacking.
     """
 
     def __init__(self, block: nn.Module, linears: Mapping[str, nn.Linear], writes: Mapping[str, Write]) -> None:
@@ -161,15 +169,14 @@ class Streams:
             self._wanted.clear()
 
     def begin(self, number: int) -> None:
-        """A pass of batch ``number`` begins in this thread."""
+        """Say that a pass of batch ``number`` begins in this thread."""
         self._pass.number, self._pass.before = number, {_BLOCK: self._inputs[number]} if self._writes else {}
 
     def lack(self, layer: str, x: Tensor) -> Tensor | None:
-        """Return what this thread's stream will lack after ``layer`` is given ``x``, float32 ``[tokens, n]``.
+        """Return what this thread's stream will lack after ``layer`` is given ``x``, float32 ``[..., n]``.
 
-        None where it does not add to the stream.
-
-        That is the dense model's stream minus this one's before the layer and what the layer adds to it.
+        That is the dense model's stream minus the sum of this one's and the layer's output; None where the layer does
+        not add to the stream.
         """
         if (write := self._writes.get(layer)) is None:
             return None
@@ -177,10 +184,8 @@ class Streams:
         own = functional.linear(x, linear.weight, linear.bias)  # not a call, which would go through hooks
         wanted, before = self._wanted[write.after][self._pass.number], self._pass.before[write.before]
         # In the block's own precision, so that a stream that is the dense one lacks nothing.
-        return (
-            wanted.reshape(-1, own.shape[-1]).float()
-            - (before.reshape(own.shape) + own).reshape(-1, own.shape[-1]).float()
-        )
+        ours = before.reshape(own.shape) + own
+        return wanted.reshape(own.shape).float() - ours.float()
 
     def _notes(self, name: str, streams: list[Tensor]) -> Any:
         if name != _BLOCK:
