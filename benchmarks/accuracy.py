@@ -43,6 +43,8 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-fp8": {"scheme": "fp8"},
     "ours-curvature": {"scheme": "bf16", "curvature": 128},
     "ours-w4a16-curvature": {"scheme": "w4a16", "curvature": 128},
+    "ours-residual": {"scheme": "bf16", "residual": 0.5},
+    "ours-w4a16-residual": {"scheme": "w4a16", "residual": 0.5},
     "ours-int8": {"scheme": "int8"},
     "ours-refine": {"scheme": "bf16", "refine": 400, "generate": 896},
 }
@@ -53,6 +55,8 @@ COMPARED = {
     "ours-w4a16": "llmc-sparsegpt-gptq-remasked",
     "ours-curvature": "llmc-sparsegpt",
     "ours-w4a16-curvature": "llmc-sparsegpt-gptq-remasked",
+    "ours-residual": "llmc-sparsegpt",
+    "ours-w4a16-residual": "llmc-sparsegpt-gptq-remasked",
     "ours-refine": "llmc-sparsegpt",
 }
 

@@ -117,6 +117,7 @@ def test_a_tensor_of_wrong_shape(tiny, tmp_path, text):
         ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
         ({"refine": -1}, "refine must be at least 0, got -1"),
         ({"dampening": 2.0}, "dampening must be between 0 and 1, got 2.0"),
+        ({"residual": -0.5}, "residual must be between 0 and 1, got -0.5"),
         ({"iterations": -1}, "iterations must not be negative, got -1"),
         ({"seq_len": 512}, "sequences of 512 tokens are longer than the model's 256 positions"),
         ({"device": "gpu0"}, "device 'gpu0' cannot be used here"),

@@ -42,7 +42,7 @@ def run_and_kill(model, out, text, number, after, options=""):
     assert int(number) == -process.returncode or "KeyboardInterrupt" in process.stderr
 
 
-@pytest.mark.parametrize("options", [{}, {"refine": 2}])
+@pytest.mark.parametrize("options", [{}, {"refine": 2}, {"residual": 0.5}])
 def test_a_killed_run_resumes_to_the_same_bytes(model, text, tmp_path, options, capfd):
     import torch
 

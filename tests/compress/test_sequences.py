@@ -24,7 +24,7 @@ def sequences():
 def hessians(model, sequences):
     """Return H times tokens of every input of the first block, by the name of its first layer."""
     own = job.Job(Checkpoint(model), Recipe(group_size=32), torch.device("cpu"))
-    state = job._Activations(own._model, sequences, own.batch_tokens, refined=False)
+    state = job._Activations(own._model, sequences, own.batch_tokens, targeted=False)
     block, linears = own._model.load(0), own._linears(0)
     with torch.no_grad():
         return {group.names[0]: group.h * group.tokens for group in own._groups(block, linears, state.batches(0))}

@@ -114,7 +114,7 @@ def test_two_processes_refine_as_one_does(text, tmp_path, monkeypatch):
 
 def test_two_processes_resume_to_the_same_bytes(text, tmp_path):
     model = make_model(tmp_path / "model", num_hidden_layers=3)
-    options = {"group_size": 32, "resume": True, "refine": 2, "curvature": 4, "quiet": False}
+    options = {"group_size": 32, "resume": True, "refine": 2, "curvature": 4, "residual": 0.5, "quiet": False}
     run_two(model, text, tmp_path / "whole", **options)
     processes = start_two(model, text, tmp_path / "out", **options)
     lines = (line for line in processes[0].stderr if re.match(r"\[ *\d+/21\]", line))

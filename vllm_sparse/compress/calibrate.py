@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vllm_sparse.compress.hessian import Hessian
+from vllm_sparse.compress.hessian import CrossMoment, Hessian
+from vllm_sparse.compress.residual import Streams
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Group:
         h: float32 ``[k, k]``, see ``Hessian``; None when no token reached them.
         tokens: that did.
         largest: the largest magnitude among them, a tensor without dimensions; None where nobody asked or none came.
+        lack: of a layer that adds to the residual stream, the mean of e x^T, with e what the stream lacks of the dense
+            model's and x the input, float32 ``[n, k]``; None where nobody asked.
     """
 
     names: tuple[str, ...]
     h: Tensor | None
     tokens: int
     largest: Tensor | None
+    lack: Tensor | None = None
 
 
 class InputStatistics:
@@ -41,22 +45,29 @@ class InputStatistics:
         self._ranges = ranges
         self._hessians: dict[str, Hessian] = {}
         self._largest: dict[str, Tensor] = {}
+        self._lacks: dict[str, CrossMoment] = {}
 
-    def add(self, layer: str, x: Tensor) -> None:
-        """Count inputs ``[..., k]``."""
+    def add(self, layer: str, x: Tensor, lack: Tensor | None) -> None:
+        """Count inputs ``[..., k]``, and what the stream lacks with them, ``[..., n]``, see ``Streams.lack``."""
         if layer not in self._hessians:
             self._hessians[layer] = Hessian(x.shape[-1], x.device)
         self._hessians[layer].add(x)
         if self._ranges:
             largest = x.abs().amax()
             self._largest[layer] = torch.maximum(largest, self._largest.get(layer, largest))
+        if lack is not None:
+            if layer not in self._lacks:
+                self._lacks[layer] = CrossMoment(lack.shape[-1], x.shape[-1], x.device)
+            self._lacks[layer].add(lack, x)
 
     def hand_out(self, layer: str, names: tuple[str, ...]) -> Group:
         """Return what is known of the input of ``names``, once: its H is held no longer."""
         hessian = self._hessians.pop(layer, None)
         if hessian is None:
             return Group(names, None, 0, None)
-        return Group(names, hessian.matrix(layer), hessian.tokens, self._largest.get(layer))
+        moment = self._lacks.pop(layer, None)
+        lack = None if moment is None else moment.sum / hessian.tokens
+        return Group(names, hessian.matrix(layer), hessian.tokens, self._largest.get(layer), lack)
 
 
 class _AllSeenError(Exception):
@@ -70,10 +81,12 @@ class BlockHessians:
 
     Args:
         ranges: also note the largest magnitude that reaches each layer.
+        streams: what says what the residual stream lacks.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], ranges: bool = False) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], ranges: bool = False, streams: Streams | None = None) -> None:
         self._linears = linears
+        self._streams = streams
         self._statistics = InputStatistics(ranges)
         self._leader: dict[str, str] = {}
         self._seen: dict[int, tuple[Tensor, str]] = {}
@@ -92,8 +105,13 @@ class BlockHessians:
         self._seen.clear()
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """Run one forward pass inside. It is cut short where no layer is left whose input has not been seen."""
+    def batch(self, number: int = 0) -> Iterator[None]:
+        """Run the forward pass of batch ``number`` inside.
+
+        It is cut short where no layer is left whose input has not been seen.
+        """
+        if self._streams is not None:
+            self._streams.begin(number)
         try:
             yield
         except _AllSeenError:
@@ -127,7 +145,7 @@ class BlockHessians:
             # Who leads is decided in the first pass: a follower whose leader was not called would go uncounted.
             leader = self._leader.setdefault(name, leader)
             if leader == name:
-                self._statistics.add(name, x)
+                self._statistics.add(name, x, None if self._streams is None else self._streams.lack(name, x))
             if name == self._last and len(self._called) == len(self._linears):
                 raise _AllSeenError
 

@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="sequences to find what errors of a layer's outputs cost, all together (default 0)",
     )
+    parser.add_argument(
+        "--residual",
+        type=float,
+        help="share of what the residual stream lacks that layers which add to it make good, such as 0.5 (default 0)",
+    )
     parser.add_argument("--ignore", nargs="+", help="layers that stay dense: names, or re: and a regular expression")
     parser.add_argument("--calibration", help="text file, directory, .jsonl file or Hugging Face dataset id")
     parser.add_argument("--num-samples", type=int, help="calibration sequences (default 128)")

@@ -66,6 +66,26 @@ class Hessian:
         return h
 
 
+class CrossMoment:
+    """Accumulates e x^T over tokens, with x the input of a layer and e something of its outputs' size.
+
+    Args:
+        n, k: of e and of x.
+    """
+
+    def __init__(self, n: int, k: int, device: torch.device) -> None:
+        self.sum = torch.zeros(n, k, dtype=torch.float32, device=device)
+
+    def add(self, e: Tensor, x: Tensor) -> None:
+        """Add ``[..., n]`` and ``[..., k]`` of the same tokens, rounded to the dtype of ``x``; sums are float32."""
+        x = x.reshape(-1, x.shape[-1])
+        e = e.reshape(-1, e.shape[-1]).to(x.dtype)
+        if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+            self.sum += torch.mm(e.T, x, out_dtype=torch.float32)
+        else:
+            self.sum += e.T @ x
+
+
 @dataclass(frozen=True)
 class Damped:
     """H made positive definite.

@@ -28,6 +28,7 @@ from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.recipe import ALWAYS_DENSE, Recipe
 from vllm_sparse.compress.refine import refine
 from vllm_sparse.compress.report import Verification, verify
+from vllm_sparse.compress.residual import Streams, find_writes
 from vllm_sparse.compress.sensitivity import choose_dense
 from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.compress.smooth import smooth
@@ -158,7 +159,7 @@ class Job:
         Blocks that ``manifest`` knows are read from it, in the process that writes, and sent to the others. Each one
         that is finished here is added to it.
         """
-        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.refine > 0)
+        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.keeps_targets)
         finished = self.world.from_one(0 if manifest is None else len(manifest))
         for index in range(self.blocks):
             if index < finished:
@@ -177,7 +178,7 @@ class Job:
     @torch.no_grad()
     def rehearse(self, sequences: Sequences | None, progress: Progress) -> int:
         """Compress the first block and write it nowhere; return the bytes of the hidden states of ``sequences``."""
-        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.refine > 0)
+        state = _Activations(self._model, sequences, self.batch_tokens, self.recipe.keeps_targets)
         for _ in self._compress_block(0, lambda name, tensor: None, state, progress):
             pass
         return sum(x.nbytes for _, x in state.batches(0))
@@ -231,10 +232,11 @@ class Job:
         with self.phases("load"):
             block = self._model.load(index)
         linears = self._linears(index)
-        if recipe.refine:
-            with self.phases("propagate"):
-                state.advance_targets(index, block)
         batches = state.batches(index)
+        streams = self._find_streams(index, block, linears, batches, progress)
+        if recipe.keeps_targets:
+            with self.phases("propagate"), streams.dense():
+                state.advance_targets(index, block)
         if recipe.smooth:
             with self.phases("smooth"):
                 self._smooth(index, block, linears, batches, add)
@@ -243,11 +245,42 @@ class Job:
                 self._curvature = output_curvature(
                     block, linears, batches, self._fisher[index], recipe.curvature, recipe.seed + index, self.world
                 )
-        outputs = index + 1 < self.blocks
+        with streams.compared([x for _, x in batches]):
+            yield from self._compress_linears(index, block, linears, streams, add, state, progress)
+        self._model.release(index)
+
+    def _find_streams(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        progress: Progress,
+    ) -> Streams:
+        """Find which layers add to the residual stream, where the recipe asks for it."""
+        writes = {}
+        if self.recipe.residual and batches:
+            with self.phases("calibrate"):
+                writes = self.world.from_one(find_writes(block, linears, batches[0]))
+            if not writes:
+                progress.say(f"block {index}: no layer's output is added to the residual stream as it is")
+        return Streams(block, linears, writes)
+
+    def _compress_linears(
+        self,
+        index: int,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        streams: Streams,
+        add: _Add,
+        state: _Activations,
+        progress: Progress,
+    ) -> Iterator[LayerReport]:
+        """Compress the layers of a block, and run it to the inputs of the next."""
+        batches, outputs = state.batches(index), index + 1 < self.blocks
         if self.world.alone and self._in_stages(batches):
-            staged = StagedBlock(
-                block, linears, batches, self._find_leaders(block, linears, batches[0]), recipe.static_input, outputs
-            )
+            leaders, ranges = self._find_leaders(block, linears, batches[0]), self.recipe.static_input
+            staged = StagedBlock(block, linears, batches, leaders, ranges, outputs, streams)
             try:
                 yield from self._write(self._pruned(linears, self._staged_groups(staged)), linears, add, progress)
                 if outputs:
@@ -256,27 +289,27 @@ class Job:
                 staged.close()
         else:
             if self.world.alone:
-                solved = self._solved(index, block, linears, batches, state, progress)
+                solved = self._solved(index, block, linears, streams, state, progress)
                 yield from self._write(solved, linears, add, progress)
             else:
-                yield from self._write_shared(index, block, linears, batches, state, add, progress)
+                yield from self._write_shared(index, block, linears, streams, state, add, progress)
             if outputs:
                 del batches  # which would keep every input until all outputs are there
                 with self.phases("propagate"):
                     state.advance(index, block)
-        self._model.release(index)
 
     def _solved(
         self,
         index: int,
         block: nn.Module,
         linears: Mapping[str, nn.Linear],
-        batches: Sequence[tuple[BlockCall, Tensor]],
+        streams: Streams,
         state: _Activations,
         progress: Progress,
     ) -> Iterator[tuple[Pruned, Inputs]]:
         """Prune a block that runs as a whole, and train what is left where the recipe asks for it."""
-        groups = self._groups(block, linears, batches)
+        batches = state.batches(index)
+        groups = self._groups(block, linears, batches, streams)
         if not self.recipe.refine:
             return self._pruned(linears, groups)
         pruned = [one for one, _ in self._pruned(linears, groups)]
@@ -303,17 +336,20 @@ class Job:
         index: int,
         block: nn.Module,
         linears: Mapping[str, nn.Linear],
-        batches: Sequence[tuple[BlockCall, Tensor]],
+        streams: Streams,
         state: _Activations,
         add: _Add,
         progress: Progress,
     ) -> Iterator[LayerReport]:
         """Do what ``_solved`` and ``_write`` do together with other processes."""
+        batches = state.batches(index)
         pruned: list[Pruned] = []
 
-        def prune(group: Group) -> tuple[tuple[str, ...], Tensor, Tensor, Mapping[str, float]]:
+        def prune(group: Group) -> tuple[dict[str, Tensor | None], Tensor, Tensor, Mapping[str, float]]:
             one, _ = self._prune(linears, group)
-            return group.names, one.sparse.cpu(), one.mask.cpu(), one.ratios
+            # The others have the dense weights, but not those that are aimed at something else.
+            weights = {name: None if group.lack is None else weight.cpu() for name, weight in one.weights.items()}
+            return weights, one.sparse.cpu(), one.mask.cpu(), one.ratios
 
         def quantize(group: Group) -> list[tuple[Weight, LayerReport]]:
             if pruned:
@@ -325,12 +361,17 @@ class Job:
                 return [(hub.to("cpu"), report) for hub, _, report in found]
 
         if self.recipe.refine:
-            for names, sparse, mask, ratios in self._shared(self._groups(block, linears, batches), linears, prune):
-                weights = {name: linears[name].weight.float() for name in names}
-                curvature = {name: damp_outputs(self._curvature[name]) for name in names if name in self._curvature}
+            groups = self._groups(block, linears, batches, streams)
+            for own, sparse, mask, ratios in self._shared(groups, linears, prune):
+                weights = {
+                    name: linears[name].weight.float() if weight is None else weight.to(self.device)
+                    for name, weight in own.items()
+                }
+                curvature = {name: damp_outputs(self._curvature[name]) for name in own if name in self._curvature}
                 pruned.append(Pruned(weights, sparse.to(self.device), mask.to(self.device), ratios, curvature))
             self._refine(index, block, linears, pruned, batches, state.targets, progress)
-        for layers in self._shared(self._groups(block, linears, batches), linears, quantize):
+        groups = self._groups(block, linears, batches, None if pruned else streams)
+        for layers in self._shared(groups, linears, quantize):
             for hub, report in layers:
                 linears[report.name].weight.copy_(hub.to(self.device).to_dense())
                 self._add_layer(add, report.name, hub)
@@ -387,7 +428,7 @@ class Job:
         with self.phases("propagate"):
             block = self._model.load(index)
             linears = self._linears(index)
-            if self.recipe.refine:
+            if self.recipe.keeps_targets:
                 state.advance_targets(index, block)
             for name, parameter in block.named_parameters():  # what smoothing changed
                 if (file_name := self._model.file_name(f"{self._model.prefix}.{index}.{name}")) in tensors:
@@ -420,12 +461,16 @@ class Job:
             return prune_layers(weights, inputs, self.recipe, curvature), inputs
 
     def _groups(
-        self, block: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[tuple[BlockCall, Tensor]]
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        batches: Sequence[tuple[BlockCall, Tensor]],
+        streams: Streams | None = None,
     ) -> Iterator[Group]:
         """Run the block and yield what reached its layers, for each set of them that shares an input."""
-        with self.phases("calibrate"), BlockHessians(linears, self.recipe.static_input) as hessians:
-            for call, x in batches:
-                with hessians.batch():
+        with self.phases("calibrate"), BlockHessians(linears, self.recipe.static_input, streams) as hessians:
+            for number, (call, x) in enumerate(batches):
+                with hessians.batch(number):
                     call.run(block, x)
         yield from hessians.groups()
 
@@ -534,17 +579,17 @@ class _Activations:
     """The hidden states between two blocks, for all calibration tokens, and what each block is called with.
 
     Attributes:
-        targets: the same in the dense model, which refinement works towards; empty without ``refined``.
+        targets: the same in the dense model, which the compressed one works towards; empty without ``targeted``.
     """
 
-    def __init__(self, model: BlockModel, sequences: Sequences | None, batch_tokens: int, refined: bool) -> None:
+    def __init__(self, model: BlockModel, sequences: Sequences | None, batch_tokens: int, targeted: bool) -> None:
         self._hidden: list[Tensor] = []
         self._calls: dict[torch.Size, list[BlockCall]] = {}
         if sequences is not None:
             for batch in sequences.batches(batch_tokens):
                 embedded, self._calls[batch.shape] = model.embed(batch)
                 self._hidden.append(embedded)
-        self.targets = list(self._hidden) if refined else []
+        self.targets = list(self._hidden) if targeted else []
 
     def batches(self, index: int) -> list[tuple[BlockCall, Tensor]]:
         """Return the calls and inputs of block ``index``."""

@@ -26,6 +26,7 @@ from vllm_sparse.compress.magnitude import magnitude_mask, wanda_mask
 from vllm_sparse.compress.output import Weight, make_weight
 from vllm_sparse.compress.recipe import Recipe
 from vllm_sparse.compress.rescale import refit_scales
+from vllm_sparse.compress.residual import aimed
 from vllm_sparse.compress.sparsegpt import sparsegpt
 from vllm_sparse.scheme import Scheme, get_scheme
 from vllm_sparse.weight import nonzero_mask
@@ -42,7 +43,8 @@ class LayerReport:
     Attributes:
         name, n, k: the layer and its shape.
         error: ||(W - W')X|| / ||WX|| on the calibration inputs of the compressed model; without calibration the same
-            with X = 1 (the weights' own relative error).
+            with X = 1 (the weights' own relative error). W is what was worked towards: with ``Recipe.residual`` that is
+            not the dense weight for a layer that adds to the residual stream.
         optimum_ratio: squared error after least squares over that of the best weights on the same mask, from 16 rows;
             None where least squares did not run, or for all outputs together.
         dampening: share of H's mean diagonal that was added; None without calibration.
@@ -67,7 +69,7 @@ class Pruned:
     """Layers with the same input after pruning, their rows one below the other.
 
     Attributes:
-        weights: the dense weights, float32 ``[n, k]`` by layer name.
+        weights: the dense weights or what is worked towards instead, float32 ``[n, k]`` by layer name.
         sparse: the pruned weights of all of them, ``[sum of n, k]``; may be improved on ``mask`` before quantizing.
         mask: bool ``[sum of n, k]``.
         ratios: see ``LayerReport.optimum_ratio``.
@@ -113,6 +115,7 @@ class Inputs:
         self.h = group.h
         self.largest = group.largest
         self.tokens = group.tokens
+        self.lack = group.lack
         self.damped = None
         if self.h is not None:
             self.damped = damp(self.h, recipe.dampening, ", ".join(group.names), invert=recipe.pruner == "sparsegpt")
@@ -148,13 +151,17 @@ def prune_layers(
         NotSparseError: the recipe prunes nothing and a layer is not of its pattern.
     """
     damped = inputs.damped
-    weight = torch.cat(list(weights.values()))
-    if damped is not None and bool(damped.dead.any()):
-        weight = weight.masked_fill(damped.dead, 0)
     if recipe.pruner == "none":
         for name, part in weights.items():  # say which layer, before any rounding could hide what is wrong
             recipe.mask_pattern.check(part, name)
-    sparse, mask = _prune(weight, inputs.h, damped, recipe)
+    given = torch.cat(list(weights.values()))
+    if damped is not None and inputs.lack is not None:
+        ((name, part),) = weights.items()  # none shares its input
+        weights = {name: aimed(part, inputs.lack, damped.h, recipe.residual)}
+    weight = torch.cat(list(weights.values()))
+    if damped is not None and bool(damped.dead.any()):
+        weight = weight.masked_fill(damped.dead, 0)
+    sparse, mask = _prune(given if recipe.pruner == "none" else weight, inputs.h, damped, recipe)
     pruned = Pruned(weights, sparse, mask, {}, {name: damp_outputs(g) for name, g in (curvature or {}).items()})
     if damped is not None and recipe.squares_iterations:
         pruned.sparse = least_squares(weight, sparse, mask, damped.h, recipe.squares_iterations)

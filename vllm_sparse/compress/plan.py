@@ -73,7 +73,7 @@ def make_plan(job: Job, sequences: Sequences | None) -> Plan:
     solving = sum(job.phases.seconds.values()) - passes
     first, whole = (sum(n * k for n, k in shapes) for shapes in (job.shapes(first_block=True), job.shapes()))
     block_seconds = passes * batches + solving
-    activations = round(hidden_bytes * batches) * (2 if job.recipe.refine else 1)
+    activations = round(hidden_bytes * batches) * (2 if job.recipe.keeps_targets else 1)
     peak = max(job.phases.peak_bytes.values(), default=None)
     return Plan(
         recipe=job.recipe,

@@ -40,6 +40,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "refine": (int,),
     "generate": (int,),
     "curvature": (int,),
+    "residual": (int, float),
     "ignore": (list, tuple),
     "num_samples": (int,),
     "seq_len": (int,),
@@ -70,6 +71,8 @@ class Recipe:
             sequences learns them by heart.
         curvature: calibration sequences from which it is found what errors of a layer's outputs cost the model, all
             together; they are then weighed by it, and made good in each other. 0: every output for itself.
+        residual: share, 0 to 1, of what the residual stream lacks of the dense model's that layers which add to it are
+            to make good; 0: each works towards its own dense output alone.
         ignore: layers that stay dense, by exact name or ``re:`` and a regular expression, besides ``ALWAYS_DENSE``.
         num_samples, seq_len: calibration sequences and their length in tokens.
         seed: of the choice of sequences.
@@ -93,6 +96,7 @@ class Recipe:
     refine: int = 0
     generate: int = 0
     curvature: int = 0
+    residual: float = 0.0
     ignore: tuple[str, ...] = ()
     num_samples: int = 128
     seq_len: int = 512
@@ -124,13 +128,13 @@ class Recipe:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.keep_dense:
             KeepDense.parse(self.keep_dense)
-        for name in ("dampening", "smooth"):
+        for name in ("dampening", "smooth", "residual"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
         object.__setattr__(self, "group_size", size)
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.iterations is None:
-            object.__setattr__(self, "iterations", _DEFAULT_ITERATIONS[self.pruner])
+            object.__setattr__(self, "iterations", 20 if self.residual else _DEFAULT_ITERATIONS[self.pruner])
         elif self.iterations < 0:
             raise OptionError(f"iterations must not be negative, got {self.iterations}")
 
@@ -157,6 +161,11 @@ class Recipe:
         return self.activation == "static"
 
     @property
+    def keeps_targets(self) -> bool:
+        """Whether the hidden states of the dense model are needed beside those of the compressed one."""
+        return self.refine > 0 or self.residual > 0
+
+    @property
     def scale_dtype(self) -> torch.dtype:
         """What weight scales are stored in: bf16 where there are many of them, float32 where one serves a channel."""
         return torch.bfloat16 if get_scheme(self.scheme).grouped else torch.float32
@@ -170,6 +179,7 @@ class Recipe:
             self.squares_iterations > 0
             or self.refine > 0
             or self.curvature > 0
+            or self.residual > 0
             or self.static_input
             or self.smooth > 0
             or bool(self.keep_dense)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from vllm_sparse.compress.calibrate import BlockHessians, Group, InputStatistics
 from vllm_sparse.compress.model import BlockCall
+from vllm_sparse.compress.residual import Streams
 
 
 class _AbandonedError(Exception):
@@ -31,24 +33,31 @@ class _Pass(threading.Thread):
 
     Args:
         cores: how many threads of torch's own it may use.
+        begin: what to do first.
 
     Attributes:
         stopped_at: the layer that it waits in front of; None when it has ended.
-        stopped_with: that layer's input.
+        stopped_with: that layer's input, and what the residual stream lacks there.
         output: what the block made of the batch.
         error: what ended it, or None.
     """
 
     def __init__(
-        self, block: nn.Module, call: BlockCall, x: Tensor, cores: int, back: queue.SimpleQueue[_Pass]
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        x: Tensor,
+        cores: int,
+        begin: Callable[[], None],
+        back: queue.SimpleQueue[_Pass],
     ) -> None:
         super().__init__(daemon=True)
         self.stopped_at: str | None = None
-        self.stopped_with: Tensor | None = None
+        self.stopped_with: tuple[Tensor, Tensor | None] | None = None
         self.output: Tensor | None = None
         self.error: BaseException | None = None
         self._work = (block, call, x)
-        self._cores, self._back = cores, back
+        self._cores, self._begin, self._back = cores, begin, back
         self._abandoned = False
         self._go = threading.Semaphore(0)
 
@@ -58,6 +67,7 @@ class _Pass(threading.Thread):
         block, call, x = self._work
         try:
             if not self._abandoned:
+                self._begin()
                 with torch.no_grad():
                     self.output = call.run(block, x)
         except _AbandonedError:
@@ -71,9 +81,9 @@ class _Pass(threading.Thread):
         """Let it run to its next stop."""
         self._go.release()
 
-    def stop(self, name: str, x: Tensor) -> None:
-        """Wait, called in the pass itself, in front of layer ``name`` with its input."""
-        self.stopped_at, self.stopped_with = name, x
+    def stop(self, name: str, x: Tensor, lack: Tensor | None) -> None:
+        """Wait, called in the pass itself, in front of layer ``name`` with its input and ``Streams.lack``."""
+        self.stopped_at, self.stopped_with = name, (x, lack)
         self._back.put(self)
         self._go.acquire()
         if self._abandoned:
@@ -113,6 +123,7 @@ class StagedBlock:
         leaders: the first layer with the same input, for each layer; see ``find_leaders``.
         ranges: see ``BlockHessians``.
         to_the_end: run what comes after the last layer too, which ``outputs`` needs.
+        streams: see ``BlockHessians``.
     """
 
     def __init__(
@@ -123,14 +134,19 @@ class StagedBlock:
         leaders: Mapping[str, str],
         ranges: bool,
         to_the_end: bool,
+        streams: Streams | None = None,
     ) -> None:
+        self._streams = streams or Streams(block, {}, {})
         self._leaders, self._to_the_end = leaders, to_the_end
         self._order = list(linears)
         self._threads = torch.get_num_threads()
         self._at_once = max(1, min(self._threads, len(batches)))
         self._back: queue.SimpleQueue[_Pass] = queue.SimpleQueue()
         cores = self._threads // self._at_once
-        self._passes = [_Pass(block, call, x, cores, self._back) for call, x in batches]
+        self._passes = [
+            _Pass(block, call, x, cores, partial(self._streams.begin, number), self._back)
+            for number, (call, x) in enumerate(batches)
+        ]
         self._statistics = InputStatistics(ranges)
         self._done: set[str] = set()
         self._handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in linears.items()]
@@ -148,7 +164,7 @@ class StagedBlock:
             here = [one for one in waiting if self._leaders[str(one.stopped_at)] == leader]
             for one in here:
                 assert one.stopped_with is not None  # it has stopped
-                self._statistics.add(leader, one.stopped_with)
+                self._statistics.add(leader, *one.stopped_with)
             yield self._group(leader)
             if len(self._done) == len(self._order) and not self._to_the_end:
                 return
@@ -192,6 +208,6 @@ class StagedBlock:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             one = threading.current_thread()
             if name not in self._done and args[0].numel() and isinstance(one, _Pass):
-                one.stop(name, args[0])
+                one.stop(name, args[0], self._streams.lack(name, args[0]))
 
         return hook

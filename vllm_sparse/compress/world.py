@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -131,7 +131,19 @@ class World:
             self.largest(largest)
             count = int(tokens)
             top = largest[0] if float(largest) >= 0 else None
-            yield Group(names, total / count if count else None, count, top)
+            lack = self._sum_lack(own, linear, number, count)
+            yield Group(names, total / count if count else None, count, top, lack)
+
+    def _sum_lack(self, own: Sequence[Group], linear: nn.Linear, number: int, count: int) -> Tensor | None:
+        """Return that of all processes in the one that solves the ``number``-th group, whose layer is ``linear``."""
+        known = [group for group in own if group.lack is not None]
+        if self.agree(not known, linear.weight.device):
+            return None
+        total = torch.zeros(linear.weight.shape, device=linear.weight.device)
+        for group in known:
+            total += cast(Tensor, group.lack) * group.tokens
+        dist.reduce(total, self.owner(number))
+        return total / count
 
 
 def _joined(gathered: Iterable[Sequence[tuple[str, ...]]], order: Sequence[str]) -> list[tuple[str, ...]]:
