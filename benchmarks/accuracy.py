@@ -45,6 +45,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-w4a16-curvature": {"scheme": "w4a16", "curvature": 128},
     "ours-residual": {"scheme": "bf16", "residual": 0.5},
     "ours-w4a16-residual": {"scheme": "w4a16", "residual": 0.5},
+    "ours-residual-curvature": {"scheme": "bf16", "residual": 0.5, "curvature": 128},
     "ours-int8": {"scheme": "int8"},
     "ours-refine": {"scheme": "bf16", "refine": 400, "generate": 896},
 }
@@ -57,6 +58,7 @@ COMPARED = {
     "ours-w4a16-curvature": "llmc-sparsegpt-gptq-remasked",
     "ours-residual": "llmc-sparsegpt",
     "ours-w4a16-residual": "llmc-sparsegpt-gptq-remasked",
+    "ours-residual-curvature": "llmc-sparsegpt",
     "ours-refine": "llmc-sparsegpt",
 }
 
