@@ -1,6 +1,8 @@
 """A tiny causal LM with a byte tokenizer, made here, and calibration text for it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,24 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 TEXT = "".join(f"def function_{i}(x):\n    return x * {i} + {i % 7}\n\n" for i in range(400))
+
+
+def run_and_kill(model, out, text, number, after, options):
+    """Start a run in a process of its own, which ends itself at layer ``after``: from here, a signal would be late."""
+    code = (
+        "import os, torch; torch.set_num_threads(1); from vllm_sparse.compress import compress, job\n"
+        "line, solved = job._line, []\n"
+        "def line_or_end(report):\n"
+        "    solved.append(report)\n"
+        f"    if len(solved) == {after}: os.kill(os.getpid(), {int(number)})\n"
+        "    return line(report)\n"
+        "job._line = line_or_end\n"
+        f"compress({str(model)!r}, {str(out)!r}, calibration={str(text)!r}, num_samples=8, seq_len=64, device='cpu',"
+        f" group_size=32, {options})"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode != 0 and not out.exists(), process.stderr
+    assert int(number) == -process.returncode or "KeyboardInterrupt" in process.stderr
 
 
 def save_tokenizer(path):

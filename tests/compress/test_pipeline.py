@@ -1,10 +1,7 @@
 """Whole runs on a tiny model: what is written, that it is 2:4, and that a run cut short leaves nothing."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 import weakref
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, OPTConfig, Qwen2Config
 
-from tests.compress.conftest import config_of, make_model
+from tests.compress.conftest import config_of, make_model, run_and_kill
 from vllm_sparse.compress import compress, job
 from vllm_sparse.compress.cli import add_arguments, run
 from vllm_sparse.compress.evaluate import load_dense, negative_log_likelihood
@@ -248,19 +245,7 @@ def test_the_command_line_writes_the_same_and_prints_progress(tiny, text, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_leaves_nothing_under_the_final_name(tiny, text, tmp_path, number):
-    code = (
-        "import sys; from vllm_sparse.compress import compress\n"
-        f"compress({str(tiny)!r}, {str(tmp_path / 'out')!r}, calibration={str(text)!r}, scheme='bf16',"
-        " num_samples=2000, seq_len=4, iterations=4000, device='cpu')"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert any("self_attn" in line for line in process.stderr)  # it is in the middle
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert not (tmp_path / "out").exists()
+    run_and_kill(tiny, tmp_path / "out", text, number, after=5, options="")
     if number != signal.SIGKILL:
         assert not list(tmp_path.iterdir())
 

@@ -2,12 +2,10 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 
-from tests.compress.conftest import make_model
+from tests.compress.conftest import make_model, run_and_kill
 from vllm_sparse.compress import compress
 from vllm_sparse.errors import FormatError, OutputError
 
@@ -24,24 +22,6 @@ def weights(path):
     return {file.name: file.read_bytes() for file in sorted(path.glob("*.safetensors*"))}
 
 
-def run_and_kill(model, out, text, number, after, options=""):
-    """Start a run in a process of its own, which ends itself at layer ``after``: from here, a signal would be late."""
-    code = (
-        "import os, torch; torch.set_num_threads(1); from vllm_sparse.compress import compress, job\n"
-        "line, solved = job._line, []\n"
-        "def line_or_end(report):\n"
-        "    solved.append(report)\n"
-        f"    if len(solved) == {after}: os.kill(os.getpid(), {int(number)})\n"
-        "    return line(report)\n"
-        "job._line = line_or_end\n"
-        f"compress({str(model)!r}, {str(out)!r}, calibration={str(text)!r}, num_samples=8, seq_len=64, device='cpu',"
-        f" group_size=32, resume=True{options})"
-    )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert process.returncode != 0 and not out.exists(), process.stderr
-    assert int(number) == -process.returncode or "KeyboardInterrupt" in process.stderr
-
-
 @pytest.mark.parametrize("options", [{}, {"refine": 2}, {"residual": 0.5}])
 def test_a_killed_run_resumes_to_the_same_bytes(model, text, tmp_path, options, capfd):
     import torch
@@ -50,7 +30,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(model, text, tmp_path, options, 
     torch.set_num_threads(1)  # as the run that is killed
     try:
         compress(model, tmp_path / "whole", calibration=text, **SMALL, **options)
-        told = "".join(f", {name}={value}" for name, value in options.items())
+        told = ", ".join(["resume=True", *(f"{name}={value}" for name, value in options.items())])
         run_and_kill(model, tmp_path / "out", text, signal.SIGKILL, after=10, options=told)  # in the second block
         manifest = json.loads((tmp_path / ".out.partial/manifest.json").read_text())
         assert len(manifest["blocks"]) == 1 and len(manifest["blocks"][0]["layers"]) == 7
@@ -69,7 +49,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(model, text, tmp_path, options, 
 
 
 def test_a_run_with_other_choices_is_not_continued(model, text, tmp_path):
-    run_and_kill(model, tmp_path / "out", text, signal.SIGKILL, after=8)
+    run_and_kill(model, tmp_path / "out", text, signal.SIGKILL, after=8, options="resume=True")
     for changed, message in (
         ({"iterations": 3}, r"was begun with iterations 20 and cannot be resumed with 3; delete it to begin anew"),
         ({"num_samples": 9}, r"was begun with calibration '\w+' and cannot be resumed with"),
@@ -80,7 +60,7 @@ def test_a_run_with_other_choices_is_not_continued(model, text, tmp_path):
 
 
 def test_a_shard_that_was_lost_or_a_manifest_that_is_none_is_named(model, text, tmp_path):
-    run_and_kill(model, tmp_path / "out", text, signal.SIGKILL, after=8)
+    run_and_kill(model, tmp_path / "out", text, signal.SIGKILL, after=8, options="resume=True")
     shard = tmp_path / ".out.partial/shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(FormatError, match=r"shard-00000.safetensors: missing, truncated or not a safetensors file"):

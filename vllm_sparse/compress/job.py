@@ -245,7 +245,9 @@ class Job:
                 self._curvature = output_curvature(
                     block, linears, batches, self._fisher[index], recipe.curvature, recipe.seed + index, self.world
                 )
-        with streams.compared([x for _, x in batches]):
+        inputs = [x for _, x in batches] if recipe.residual else []
+        del batches  # which would keep every input until all outputs are there
+        with streams.compared(inputs):
             yield from self._compress_linears(index, block, linears, streams, add, state, progress)
         self._model.release(index)
 
