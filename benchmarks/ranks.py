@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -173,25 +174,21 @@ def run(work: Path, case: tuple[str, str, str | None, str], ranks: int, index: i
     return json.loads(out.read_text())
 
 
-def run_all(source: Path, prompts: list[list[int]], jobs: int, limit: int) -> list[dict[str, Any]]:
-    """Return one row for each of ``CASES``."""
-    rows = []
+def run_all(source: Path, prompts: list[list[int]], jobs: int, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield one row for each of ``CASES``, as soon as both of its engines have run."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         work = Path(folder)
         (work / "prompts.json").write_text(json.dumps(prompts))
         write_checkpoints(source, prompts, work)
         started = {
             (index, ranks): pool.submit(run, work, case, ranks, index, limit)
-            for ranks in (1, 2)
             for index, case in enumerate(CASES)
+            for ranks in (1, 2)
         }
         for index, (name, _, _, dtype) in enumerate(CASES):
             one, two = (started[index, ranks].result() for ranks in (1, 2))
             error = one.get("error") or two.get("error")
-            row = {"name": name, "dtype": dtype} | ({"error": error} if error else compare(one, two))
-            rows.append(row)
-            print(to_line(row), flush=True)
-    return rows
+            yield {"name": name, "dtype": dtype} | ({"error": error} if error else compare(one, two))
 
 
 def to_line(row: dict[str, Any]) -> str:
@@ -220,13 +217,16 @@ def main() -> None:
         result = generate(str(args.checkpoint), args.quantization, args.dtype, args.ranks, prompts)
         args.output.write_text(json.dumps(result))
         return
-    rows = run_all(args.checkpoint, prompts, args.jobs, args.limit)
-    head = {
+    result = {
         "machine": f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}",
         "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("vllm", "torch")},
+        "versions": {name: version(name) for name in ("vllm", "vllm-sparse", "torch")},
+        "rows": [],
     }
-    args.output.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
+    for row in run_all(args.checkpoint, prompts, args.jobs, args.limit):
+        print(to_line(row), flush=True)
+        result["rows"].append(row)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")  # what there is, should the time run out
 
 
 if __name__ == "__main__":
