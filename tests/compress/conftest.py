@@ -15,13 +15,13 @@ TEXT = "".join(f"def function_{i}(x):\n    return x * {i} + {i % 7}\n\n" for i i
 def run_and_kill(model, out, text, number, after, options):
     """Start a run in a process of its own, which ends itself at layer ``after``: from here, a signal would be late."""
     code = (
-        "import os, torch; torch.set_num_threads(1); from vllm_sparse.compress import compress, job\n"
-        "line, solved = job._line, []\n"
+        "import os, torch; torch.set_num_threads(1); from vllm_sparse.compress import compress, block\n"
+        "line, solved = block.line, []\n"
         "def line_or_end(report):\n"
         "    solved.append(report)\n"
         f"    if len(solved) == {after}: os.kill(os.getpid(), {int(number)})\n"
         "    return line(report)\n"
-        "job._line = line_or_end\n"
+        "block.line = line_or_end\n"
         f"compress({str(model)!r}, {str(out)!r}, calibration={str(text)!r}, num_samples=8, seq_len=64, device='cpu',"
         f" group_size=32, {options})"
     )

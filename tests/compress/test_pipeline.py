@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, OPTConfig, Qwen2Config
 
 from tests.compress.conftest import config_of, make_model, run_and_kill
 from vllm_sparse.compress import compress, job
+from vllm_sparse.compress.activations import Activations
 from vllm_sparse.compress.cli import add_arguments, run
 from vllm_sparse.compress.evaluate import load_dense, negative_log_likelihood
 from vllm_sparse.formats import detect
@@ -265,13 +266,13 @@ def test_no_input_of_a_block_outlives_its_output(tiny, text, tmp_path, monkeypat
     """A GPU holds one set of activations, which for a large model is most of its memory."""
     monkeypatch.setattr(job, "_STAGED_BYTES", -1)  # as on a GPU
     monkeypatch.setitem(job._BATCH_TOKENS, "cpu", 64)
-    advance, left = job._Activations.advance, []
+    advance, left = Activations.advance, []
 
     def watched(self, index, block):
         inputs = [weakref.ref(x) for x in self._hidden]
         advance(self, index, block)
         left.append(sum(x() is not None for x in inputs))
 
-    monkeypatch.setattr(job._Activations, "advance", watched)
+    monkeypatch.setattr(Activations, "advance", watched)
     compress(tiny, tmp_path / "out", calibration=text, scheme="bf16", **SMALL)
     assert left == [0]

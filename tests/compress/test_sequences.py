@@ -8,6 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.compress.conftest import make_model
 from vllm_sparse.compress import Recipe, compress, job
+from vllm_sparse.compress.activations import Activations
+from vllm_sparse.compress.block import BlockRun
+from vllm_sparse.compress.progress import Progress
 from vllm_sparse.compress.sequences import Sequences
 from vllm_sparse.errors import OptionError
 from vllm_sparse.formats.checkpoint import Checkpoint
@@ -24,10 +27,10 @@ def sequences():
 def hessians(model, sequences):
     """Return H times tokens of every input of the first block, by the name of its first layer."""
     own = job.Job(Checkpoint(model), Recipe(group_size=32), torch.device("cpu"))
-    state = job._Activations(own._model, sequences, own.batch_tokens, targeted=False)
-    block, linears = own._model.load(0), own._linears(0)
+    state = Activations(own.model, sequences, own.batch_tokens, targeted=False)
     with torch.no_grad():
-        return {group.names[0]: group.h * group.tokens for group in own._groups(block, linears, state.batches(0))}
+        run = BlockRun(own, 0, lambda name, tensor: None, state, Progress(1, quiet=True))
+        return {group.names[0]: group.h * group.tokens for group in run._groups()}
 
 
 def test_h_is_that_of_each_sequence_alone_and_of_a_padded_batch_without_its_padding(tiny, sequences, monkeypatch):
