@@ -15,7 +15,8 @@ TEXT = "".join(f"def function_{i}(x):\n    return x * {i} + {i % 7}\n\n" for i i
 def run_and_kill(model, out, text, number, after, options):
     """Start a run in a process of its own, which ends itself at layer ``after``: from here, a signal would be late."""
     code = (
-        "import os, torch; torch.set_num_threads(1); from vllm_sparse.compress import compress, block\n"
+        "import os, signal, torch; torch.set_num_threads(1); from vllm_sparse.compress import compress, block\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "line, solved = block.line, []\n"
         "def line_or_end(report):\n"
         "    solved.append(report)\n"
