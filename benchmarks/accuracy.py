@@ -49,6 +49,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours-int8": {"scheme": "int8"},
     "ours-refine": {"scheme": "bf16", "refine": 400, "generate": 896},
 }
+STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 RIVAL = "llmcompressor==0.14.0.1"
 RIVALS = {"llmc-sparsegpt": "sparsegpt", "llmc-sparsegpt-gptq-remasked": "sparsegpt-gptq-remasked"}
 COMPARED = {
@@ -200,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="a standard library")
+    parser.add_argument("--text", type=Path, default=STANDARD_LIBRARY, help="a standard library")
     parser.add_argument("--work", type=Path, default=Path("build/accuracy"))
     parser.add_argument("--rival", type=Path, help=f"environment of {RIVAL}, made where there is none")
     parser.add_argument("--methods", nargs="*", default=list(OURS), choices=OURS)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.accuracy import RIVAL, library_tokens, rival_python, sequences
+from benchmarks.accuracy import RIVAL, STANDARD_LIBRARY, library_tokens, rival_python, sequences
 
 SPARSEGPT = """\
 sparsity_stage:
@@ -65,7 +65,8 @@ class Bench:
         self.versions: dict[str, dict[str, str]] = {}
         self.rival_wait = WAITS[0]
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.tokens = sequences(library_tokens(tokenizer, evaluation=False), args.sequences, args.length, 0)
+        library = library_tokens(STANDARD_LIBRARY, tokenizer, evaluation=False)
+        self.tokens = sequences(library, args.sequences, args.length, 0)
         for name, text in (RECIPES | DEFAULTS).items():
             (work / f"{name}.yaml").write_text(text)
 
