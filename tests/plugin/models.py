@@ -124,8 +124,9 @@ def save_native(
     weights = compress(model, scheme_name, static, ignore=ignore)
     weights = {name: weight for name, weight in weights.items() if name not in ignore}
     group_size = next(iter(weights.values())).group_size
-    fmt = Sparse24Format(SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore)
-    fmt = replace(fmt, embeddings=embeddings)
+    fmt = Sparse24Format(
+        SCHEMES[scheme_name], group_size=group_size, static_input=static, ignore=ignore, embeddings=embeddings
+    )
     return save_as(model, path, weights, fmt.from_weight, fmt.to_config(), embeddings)
 
 

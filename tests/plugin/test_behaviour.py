@@ -14,7 +14,7 @@ import torch
 
 from tests.plugin.agreement import Continuation, assert_greedy
 from tests.plugin.conftest import PROMPTS, Session
-from tests.plugin.models import quantize_inputs, random_model, save_dense, save_native
+from tests.plugin.models import Stored, quantize_inputs, random_model, save_dense, save_native
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serve
@@ -30,6 +30,16 @@ def replace_weights(path: Path, by: Path) -> None:
     shutil.copyfile(by / "model.safetensors", path / "model.safetensors")
 
 
+def assert_reloads_in_place(run: Any, first: Stored, other: Stored, *row: Any) -> None:
+    """Check that the running ``first`` says what ``other`` does once that one's weights are in its file."""
+    assert_greedy(first.reference, PROMPTS, run.generate())
+    before = run.llm.apply_model(addresses)
+    replace_weights(first.path, other.path)
+    run.llm.collective_rpc("reload_weights")
+    assert run.llm.apply_model(addresses) == before
+    assert_greedy(other.reference, PROMPTS, run.generate(), *row)
+
+
 @pytest.mark.parametrize("scheme", ["fp8", "w4a16"])
 def test_reload_of_other_weights(session: Start, tmp_path: Path, scheme: str) -> None:
     first = save_native(random_model(), tmp_path / "a", scheme)
@@ -37,12 +47,7 @@ def test_reload_of_other_weights(session: Start, tmp_path: Path, scheme: str) ->
     for stored in (first, other):
         quantize_inputs(stored.reference, scheme)
     run = session(first.path, enable_prefix_caching=False)
-    assert_greedy(first.reference, PROMPTS, run.generate())
-    before = run.llm.apply_model(addresses)
-    replace_weights(first.path, other.path)
-    run.llm.collective_rpc("reload_weights")
-    assert run.llm.apply_model(addresses) == before
-    assert_greedy(other.reference, PROMPTS, run.generate(), ("native", scheme, "reloaded"))
+    assert_reloads_in_place(run, first, other, ("native", scheme, "reloaded"))
 
 
 def test_reload_of_a_model_found_to_be_sparse(session: Start, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.plugin.agreement import assert_greedy
 from tests.plugin.conftest import PROMPTS, VllmContext
 from tests.plugin.layers import format_of, load, new_config, random_hub
 from tests.plugin.models import random_model, save_native
-from tests.plugin.test_behaviour import addresses, replace_weights
+from tests.plugin.test_behaviour import assert_reloads_in_place
 from vllm_sparse.errors import FormatError, UnsupportedError
 from vllm_sparse.formats.embedding import dequantize_rows, quantize_table
 
@@ -150,13 +150,7 @@ def test_int8_embeddings_of_a_compiled_model(engine: Any, tmp_path: Path) -> Non
 def test_reload_keeps_the_table_in_place(session: Callable[..., Any], tmp_path: Path, tied: bool) -> None:
     first = save(random_model(tie_word_embeddings=tied), tmp_path / "a")
     other = save(random_model(seed=1, tie_word_embeddings=tied), tmp_path / "b")
-    run = session(first.path, enable_prefix_caching=False)
-    assert_greedy(first.reference, PROMPTS, run.generate())
-    before = run.llm.apply_model(addresses)
-    replace_weights(first.path, other.path)
-    run.llm.collective_rpc("reload_weights")
-    assert run.llm.apply_model(addresses) == before
-    assert_greedy(other.reference, PROMPTS, run.generate())
+    assert_reloads_in_place(session(first.path, enable_prefix_caching=False), first, other)
 
 
 @pytest.mark.serve

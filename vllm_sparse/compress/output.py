@@ -177,5 +177,7 @@ def make_output(
         return DenseOutput(spec, scale_dtype, pattern, layers, ignore)
     value_dtype = "bfloat16" if spec.scheme.scaled else str(spec.dtype).removeprefix("torch.")
     kind = str(scale_dtype).removeprefix("torch.")
-    form = Sparse24Format(spec.scheme, value_dtype, spec.group_size, kind, spec.static_input, tuple(ignore))
-    return NativeOutput(replace(form, embeddings=tuple(embeddings)))
+    form = Sparse24Format(
+        spec.scheme, value_dtype, spec.group_size, kind, spec.static_input, tuple(ignore), embeddings=tuple(embeddings)
+    )
+    return NativeOutput(form)

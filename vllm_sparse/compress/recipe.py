@@ -23,7 +23,8 @@ QUANTIZERS = ("gptq", "joint", "rtn")
 EMBEDDINGS = ("dense", "int8")
 # Routers decide which expert sees a token: few weights, and an error in one changes everything after it.
 ALWAYS_DENSE = ("lm_head", r"re:.*[._](gate|router)$")
-_DEFAULT_ITERATIONS = {"admm": 20, "sparsegpt": 20, "wanda": 20, "magnitude": 0, "none": 0}
+_ITERATIONS = 20
+_NOT_IMPROVED = ("magnitude", "none")  # by default, unless there is something else to work towards
 _TYPES: dict[str, tuple[type, ...]] = {
     "scheme": (str,),
     "pruner": (str,),
@@ -134,7 +135,8 @@ class Recipe:
         object.__setattr__(self, "group_size", size)
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if self.iterations is None:
-            object.__setattr__(self, "iterations", 20 if self.residual else _DEFAULT_ITERATIONS[self.pruner])
+            improved = self.pruner not in _NOT_IMPROVED or self.residual > 0
+            object.__setattr__(self, "iterations", _ITERATIONS if improved else 0)
         elif self.iterations < 0:
             raise OptionError(f"iterations must not be negative, got {self.iterations}")
 
