@@ -9,7 +9,8 @@ find_package(CUDAToolkit REQUIRED)
 # Kernels for one architecture's own instructions, and kernels for every GPU since Ampere.
 set(HOPPER_SOURCES
     csrc/cuda/hopper_linear.cu csrc/cuda/hopper_fp8.cu csrc/cuda/hopper_int8.cu csrc/cuda/hopper_bf16.cu
-    csrc/cuda/hopper_fp16.cu csrc/cuda/quantize.cu csrc/cuda/w4a16_stream.cu csrc/cuda/w4a16_wgmma.cu)
+    csrc/cuda/hopper_fp16.cu csrc/cuda/norm.cu csrc/cuda/quantize.cu csrc/cuda/w4a16_stream.cu
+    csrc/cuda/w4a16_wgmma.cu)
 set(PORTABLE_SOURCES csrc/cuda/mma_linear.cu csrc/cuda/w4a16_linear.cu csrc/cuda/w4a16_mma.cu)
 
 # A fifth of the size (docs/kernels-mma.md). CUDA 13 needs a driver that can unpack it; one for an older toolkit may not.

@@ -7,6 +7,7 @@
 
 #include "cuda/hopper_linear.h"
 #include "cuda/mma_linear.h"
+#include "cuda/norm.h"
 #include "cuda/quantize.h"
 #include "cuda/w4a16.h"
 
@@ -57,8 +58,26 @@ void fp8_quantize(Pointer x, bool half, bool gated, Pointer codes, Pointer scale
     check("fp8_quantize", vllm_sparse::fp8::quantize(arguments, at<void>(stream)));
 }
 
+void add_norm(Pointer x, Pointer residual, Pointer weight, Pointer residual_out, Pointer out, Pointer codes,
+              Pointer scale, bool half, float epsilon, int m, int k, int device, bool overlap, Pointer stream) {
+    const vllm_sparse::norm::AddNormArguments arguments{at<const void>(x),
+                                                        at<const void>(residual),
+                                                        at<const void>(weight),
+                                                        at<void>(residual_out),
+                                                        at<void>(out),
+                                                        at<void>(codes),
+                                                        at<float>(scale),
+                                                        half,
+                                                        epsilon,
+                                                        m,
+                                                        k,
+                                                        device,
+                                                        overlap};
+    check("add_norm", vllm_sparse::norm::add_norm(arguments, at<void>(stream)));
+}
+
 void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias, Pointer y, Pointer workspace, int m,
-                  int n, int k, int group_size, bool bf16, int kernel, int slices, int device, int sm_count,
+                  int n, int k, int group_size, bool bf16, int output, int kernel, int slices, int device, int sm_count,
                   int capability, bool overlap, Pointer stream) {
     const vllm_sparse::W4A16Problem problem{at<const void>(x),
                                             at<const void>(weight),
@@ -71,6 +90,7 @@ void w4a16_linear(Pointer x, Pointer weight, Pointer channel_scale, Pointer bias
                                             k,
                                             group_size,
                                             bf16,
+                                            static_cast<vllm_sparse::W4A16Output>(output),
                                             static_cast<vllm_sparse::W4A16Kernel>(kernel),
                                             slices};
     const vllm_sparse::W4A16Device where{device, sm_count, capability, overlap};
@@ -132,6 +152,7 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("configuration") = -1);
     module.def("hopper_linear", hopper_linear);
     module.def("fp8_quantize", fp8_quantize);
+    module.def("add_norm", add_norm);
     module.def("w4a16_workspace_bytes", &vllm_sparse::w4a16_workspace_bytes, py::arg("sm_count"));
     module.def("w4a16_linear", w4a16_linear);
     module.def("mma_workspace_bytes", &vllm_sparse::mma::workspace_bytes, py::arg("sm_count"));

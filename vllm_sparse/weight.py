@@ -71,6 +71,7 @@ class LinearSpec:
         scale_dtype: dtype of the weight scales, None when there are none.
         static_input: whether activations are quantized with one scale fixed at calibration.
         symmetric_input: whether quantized activations have no zero point.
+        gated: whether the output features are a gate and, behind it, as many that it multiplies.
     """
 
     scheme: Scheme
@@ -81,6 +82,7 @@ class LinearSpec:
     scale_dtype: torch.dtype | None
     static_input: bool = False
     symmetric_input: bool = True
+    gated: bool = False
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,9 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
+// All threads of the block, which may wait at different places of the program, as those at __syncthreads() may not.
+__device__ __forceinline__ void sync_block() { asm volatile("barrier.sync 0;" ::: "memory"); }
+
 // All consumer warpgroups (of at most three; their own barriers are 1 to 3).
 template <int WARPGROUPS>
 __device__ __forceinline__ void sync_consumers() {

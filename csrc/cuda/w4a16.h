@@ -30,16 +30,24 @@ enum class W4A16Kernel : int {
 };
 constexpr int kW4A16Kernels = 10;
 
+// What the 16 rows of a packed row block are, and what y holds of them.
+enum class W4A16Output : int {
+    kRows = 0,    // 16 consecutive features: y [m, n]
+    kHalves = 1,  // 8 of the first n / 2 features and the 8 at the same places of the others: y [m, n]
+    kGated = 2,   // as kHalves; y [m, n / 2] = silu(first) * second, the end of a gated MLP's first layer
+};
+
 struct W4A16Problem {
     const void* x;               // [m, k] activations, row-major, contiguous, 16-byte aligned
     const void* weight;          // packed codes, positions and group scales
     const float* channel_scale;  // [n], or nullptr: group scales travel inside `weight`
     const void* bias;            // [n] in the activations' type, or nullptr
-    void* y;                     // [m, n] in the activations' type
+    void* y;                     // [m, n], or [m, n / 2] if gated, in the activations' type
     void* workspace;             // w4a16_workspace_bytes() bytes, of the kernels for any GPU alone
     int m, n, k;                 // n % 16 == 0, k % 32 == 0
     int group_size;              // 32, 64, 128, or -1 with channel_scale
     bool bf16;                   // activations and scales are bfloat16, else float16
+    W4A16Output output = W4A16Output::kRows;
     W4A16Kernel kernel = W4A16Kernel::kAuto;
     int slices = 0;  // Hopper: blocks that share a tile's columns, 1 ... 8 (few tokens: 1, 2, 4); 0: by the sizes
 };

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "hopper_ptx.cuh"
+#include "pairs.cuh"
 #include "w4a16.h"
 
 namespace vllm_sparse::w4a16 {
@@ -45,6 +46,11 @@ struct Params {
     int slices;       // Sliced: how many blocks (one cluster) share the steps of a tile
     int share;        // StreamK: steps of a block; Sliced: units of a row tile
     int longer;       // how many of them, the first ones, have one more
+    // Which features a row block's rows are: g and g + 8, or g of the layer's first half and g of its second.
+    int halves;    // 0 or 1
+    int apart;     // features from one to the other
+    bool gated;    // silu(first) * second is stored
+    int features;  // of a token in y
 };
 
 // Where a tile lies.
@@ -201,18 +207,6 @@ __device__ __forceinline__ void decode(uint32_t codes, uint32_t (&a)[4], __half)
     }
 }
 
-// The two scales of one word, of rows g and g + 8.
-__device__ __forceinline__ float2 unpack(uint32_t word, __nv_bfloat16) {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
-}
-__device__ __forceinline__ float2 unpack(uint32_t word, __half) { return __half22float2(bit_cast<__half2>(word)); }
-
-__device__ __forceinline__ uint32_t pack(float low, float high, __nv_bfloat16) {
-    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
-}
-__device__ __forceinline__ uint32_t pack(float low, float high, __half) {
-    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
-}
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 
@@ -254,10 +248,10 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap* map,
 }
 
 template <typename S>
-__device__ __forceinline__ void init_barriers(uint32_t shared, int consumer_warps) {
+__device__ __forceinline__ void init_barriers(uint32_t shared, int consumers) {
     for (int stage = 0; stage < S::kStages; ++stage) {
         ptx::barrier_init(shared + S::kFull + 8 * stage, 1);
-        ptx::barrier_init(shared + S::kEmpty + 8 * stage, consumer_warps);
+        ptx::barrier_init(shared + S::kEmpty + 8 * stage, consumers);
     }
     ptx::barrier_init_fence();
 }
@@ -339,34 +333,34 @@ struct Rows {
     int first, stride;
 };
 
-// One MMA tile of 16 rows from `row` and 8 tokens from `token0`: c holds rows g, g + 8 (lane / 4) of tokens 2 t, 2 t
-// + 1.
+// One MMA tile of 16 packed rows from `row` and 8 tokens from `token0`: c holds rows g, g + 8 (lane / 4) of tokens 2 t,
+// 2 t + 1.
 template <typename T>
 __device__ __forceinline__ void store_unit(const Params& p, const float (&c)[4], int row, int token0, float2 scale,
                                            float2 bias) {
-    const int lane = threadIdx.x % 32;
-    const uint32_t low = transpose_8x8(pack(c[0] * scale.x + bias.x, c[1] * scale.x + bias.x, T()));
-    const uint32_t high = transpose_8x8(pack(c[2] * scale.y + bias.y, c[3] * scale.y + bias.y, T()));
-    const int token = token0 + lane / 4;
-    if (token < p.m) {
-        uint32_t* y =
-            reinterpret_cast<uint32_t*>(static_cast<T*>(p.y) + static_cast<int64_t>(token) * p.n + row) + lane % 4;
-        y[0] = low;
-        y[4] = high;
-    }
+    const int lane = threadIdx.x % 32, token = token0 + lane / 4;
+    uint32_t low = pack(c[0] * scale.x + bias.x, c[1] * scale.x + bias.x, T());
+    uint32_t high = pack(c[2] * scale.y + bias.y, c[3] * scale.y + bias.y, T());
+    if (p.gated) low = silu_multiply<T>(low, high);
+    low = transpose_8x8(low), high = transpose_8x8(high);
+    if (token >= p.m) return;
+    const int64_t at = static_cast<int64_t>(token) * p.features + (row >> p.halves);
+    uint32_t* y = static_cast<uint32_t*>(p.y) + at / 2 + lane % 4;
+    *y = low;
+    if (!p.gated) y[p.apart / 2] = high;
 }
 
 __device__ __forceinline__ float2 load_channel_scale(const Params& p, int row) {
     if (p.channel_scale == nullptr) return {p.unit, p.unit};
-    const float* scale = p.channel_scale + row + threadIdx.x % 32 / 4;
-    return {p.unit * scale[0], p.unit * scale[8]};
+    const float* scale = p.channel_scale + (row >> p.halves) + threadIdx.x % 32 / 4;
+    return {p.unit * scale[0], p.unit * scale[p.apart]};
 }
 
 template <typename T>
 __device__ __forceinline__ float2 load_bias(const Params& p, int row) {
     if (p.bias == nullptr) return {0.f, 0.f};
-    const T* bias = static_cast<const T*>(p.bias) + row + threadIdx.x % 32 / 4;
-    return {to_float(bias[0]), to_float(bias[8])};
+    const T* bias = static_cast<const T*>(p.bias) + (row >> p.halves) + threadIdx.x % 32 / 4;
+    return {to_float(bias[0]), to_float(bias[p.apart])};
 }
 
 template <typename T, int kI, int kJ>
@@ -466,6 +460,10 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
     p.token_tiles = (problem.m + tile_tokens - 1) / tile_tokens;
     p.tiles = (problem.n + tile_rows - 1) / tile_rows * p.token_tiles;
     p.slices = 1;
+    p.halves = problem.output != W4A16Output::kRows;
+    p.apart = p.halves ? problem.n / 2 : kRowBlock / 2;
+    p.gated = problem.output == W4A16Output::kGated;
+    p.features = p.gated ? problem.n / 2 : problem.n;
     return p;
 }
 

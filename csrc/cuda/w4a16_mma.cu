@@ -138,7 +138,7 @@ constexpr int kLeastBlocks = 1;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kLeastBlocks = C::kI * C::kJ <= 4 ? 2 : 0;
 #else
-constexpr int kLeastBlocks = C::kI * C::kJ == 4 && C::kGroups == 2 ? 1 : 0;
+constexpr int kLeastBlocks = C::kI * C::kJ >= 4 ? 1 : 0;
 #endif
 
 template <typename T, typename C>
@@ -150,7 +150,7 @@ __global__ __launch_bounds__(C::kThreads + 32 * kProducers,
     using S = typename C::Memory;
     const uint32_t address = shared_address(shared);
     ptx::launch_dependents();
-    if (threadIdx.x == C::kThreads) init_barriers<S>(address, C::kWarps);
+    if (threadIdx.x == C::kThreads) init_barriers<S>(address, C::kThreads);  // every lane gives stages back
     __syncthreads();
     if (threadIdx.x >= C::kThreads) {
         if (threadIdx.x % 32 == 0) {
@@ -162,8 +162,7 @@ __global__ __launch_bounds__(C::kThreads + 32 * kProducers,
     consume<T, C>(
         p, shared, [&](int, int stage) { ptx::barrier_wait(address + S::kFull + 8 * stage, parity); },
         [&](int, int stage) {
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) ptx::barrier_arrive(address + S::kEmpty + 8 * stage);
+            ptx::barrier_arrive(address + S::kEmpty + 8 * stage);
             if (stage + 1 == C::kStages) parity ^= 1;
         });
 }

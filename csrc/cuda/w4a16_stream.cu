@@ -301,7 +301,7 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
             ptx::cluster_arrive();
             ptx::cluster_wait();
         } else {
-            __syncthreads();
+            ptx::sync_block();
         }
     };
     if (warp >= kWarps) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");

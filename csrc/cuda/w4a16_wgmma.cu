@@ -242,9 +242,7 @@ struct Ring {
     int stage = 0;
 
     __device__ __forceinline__ void wait() const { ptx::barrier_wait(address + S::kFull + 8 * stage, parity); }
-    __device__ __forceinline__ void release(int used) const {
-        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(address + S::kEmpty + 8 * used);
-    }
+    __device__ __forceinline__ void release(int used) const { ptx::barrier_arrive(address + S::kEmpty + 8 * used); }
     __device__ __forceinline__ int next() {
         const int used = stage;
         if (++stage == C::kStages) stage = 0, parity ^= 1;
@@ -335,10 +333,10 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
     const uint32_t address = shared_address(shared);
     ptx::launch_dependents();  // all blocks of this grid run already: it is no larger than the device
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    if (threadIdx.x == C::kConsumers) init_barriers<S>(address, C::kConsumers);  // every lane gives stages back
+    __syncthreads();
     if (warp >= C::kWarps) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::kCopyRegisters));
-        if (threadIdx.x == C::kConsumers) init_barriers<S>(address, C::kWarps);
-        __syncthreads();
         const int producer = warp - C::kWarps;
         if (lane == 0) {
             produce<S, typename C::Work, C::kGroups>(p, &token_map, address, producer, [&] {
@@ -349,7 +347,6 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::kRegisters));
-    __syncthreads();
     const char* weights = shared + S::kWeights + warp * kBlockBytes<C::kGroups>;
     const bool never = p.m < 0;
     const int warpgroup = warp / 4;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_sparse.kernels import cuda_w4a16
-from vllm_sparse.kernels.cuda_w4a16 import CudaW4A16Kernel, pack_panels
+from vllm_sparse.kernels.cuda_w4a16 import CudaW4A16Kernel, interleave_halves, pack_panels
 from vllm_sparse.scheme import get_scheme
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
@@ -97,6 +97,16 @@ def test_prepare_keeps_channel_scales_apart_and_rounds_group_scales() -> None:
     assert set(packed) == {"weight_packed"} and packed["weight_packed"].numel() == 2 * (768 + 128)
 
 
+def test_a_gated_layer_has_its_halves_interleaved() -> None:
+    weight = random_weight(48, 256, 128, torch.bfloat16)
+    assert interleave_halves(torch.arange(48))[:16].tolist() == [*range(8), *range(24, 32)]
+    assert interleave_halves(torch.arange(48))[32:].tolist() == [*range(16, 24), *range(40, 48)]
+    assert weight.scales is not None
+    rows = [interleave_halves(tensor) for tensor in (weight.values, weight.positions, weight.scales)]
+    spec = dataclasses.replace(weight.spec(torch.bfloat16), gated=True)
+    assert torch.equal(KERNEL.prepare(spec, weight)["weight_packed"], pack_panels(*rows, 128))
+
+
 def spec(**changes: object) -> LinearSpec:
     base = LinearSpec(get_scheme("w4a16"), 64, 128, 128, torch.bfloat16, torch.bfloat16)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
@@ -131,13 +141,19 @@ def test_two_capturing_streams_have_workspaces_of_their_own_and_hopper_needs_non
 class Layer:
     """A weight prepared on the GPU, and its float64 reference."""
 
-    def __init__(self, weight: Sparse24Weight, dtype: torch.dtype) -> None:
-        self.spec = weight.spec(dtype)
+    def __init__(self, weight: Sparse24Weight, dtype: torch.dtype, gated: bool = False) -> None:
+        self.spec = dataclasses.replace(weight.spec(dtype), gated=gated)
         self.packed = KERNEL.prepare(self.spec, weight.to(torch.device("cuda")))
         self.dense = weight.to_dense(torch.float64).cuda()
 
     def run(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return KERNEL.apply(self.spec, self.packed, x, None, bias)
+
+    def run_gated(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight, scale = self.packed["weight_packed"], self.packed.get("channel_scale")
+        return torch.ops.vllm_sparse.w4a16_linear_silu_multiply(
+            x, weight, scale, bias, self.spec.n, self.spec.group_size
+        )
 
     def check(self, x: Tensor, bias: Tensor | None = None) -> None:
         y, want = self.run(x, bias), x.double() @ self.dense.T
@@ -155,6 +171,26 @@ def test_tile_edges(group_size: int, dtype: torch.dtype) -> None:
     x, bias = torch.randn(max(EDGES), 1152, dtype=dtype, device="cuda"), torch.randn(528, dtype=dtype, device="cuda")
     for m in EDGES:
         layer.check(x[:m], bias if m % 2 else None)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(("n", "group_size"), [(528, 128), (528, 32), (560, -1), (28672, 128), (33920, -1)])
+def test_interleaved_halves_and_their_product(n: int, group_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(12)
+    layer = Layer(random_weight(n, 1152, group_size, dtype), dtype, gated=True)
+    x, bias = torch.randn(300, 1152, dtype=dtype, device="cuda"), torch.randn(n, dtype=dtype, device="cuda")
+    for m in (0, *(m for m in EDGES if m <= 300)):
+        given = bias if m % 2 else None
+        if m:
+            layer.check(x[:m], given)
+        gate, up = layer.run(x[:m], given).float().chunk(2, 1)
+        want = torch.nn.functional.silu(gate).to(dtype).float() * up
+        y = layer.run_gated(x[:m], given)
+        assert y.shape == (m, n // 2) and y.dtype == dtype
+        # Each rounding may go the other way where the exponential does in its last bit.
+        torch.testing.assert_close(y.float(), want.to(dtype).float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        assert all(torch.equal(layer.run_gated(x[:m], given), y) for _ in range(5))
 
 
 @gpu

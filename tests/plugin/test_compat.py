@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,26 +74,41 @@ def test_fp8_activations_go_through_our_op_where_there_is_one(
     assert static[1].tolist() == [0.5]
 
 
-def test_silu_and_quantization_become_one_op_where_there_is_one(
+def test_kernels_are_fused_where_there_are_ops_for_it(
     vllm_context: VllmContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.compilation.passes.inductor_pass import InductorPass
 
-    from vllm_sparse.kernels import cuda_quantize
-    from vllm_sparse.plugin.compat import fuse_silu_and_quantization
-    from vllm_sparse.plugin.fusion import FuseSiluQuantize
+    from vllm_sparse.kernels import cuda_w4a16
+    from vllm_sparse.plugin.compat import fuse_kernels
+    from vllm_sparse.plugin.fusion import FusionPass
 
     key = "post_grad_custom_post_pass"
     with vllm_context():
-        fuse_silu_and_quantization()
-        assert key not in compile_config()  # a machine without the op
-        monkeypatch.setattr(cuda_quantize, "available", lambda: True)
-        fuse_silu_and_quantization()
+        fuse_kernels()
+        assert key not in compile_config()  # a machine without the ops
+        monkeypatch.setattr(cuda_w4a16, "available", lambda: True)
+        fuse_kernels()
         assert isinstance(compile_config()[key], InductorPass)
-        assert compile_config()[key].uuid() == FuseSiluQuantize().uuid()
+        assert compile_config()[key].uuid() == FusionPass().uuid()
         compile_config()[key] = mine = object()
-        fuse_silu_and_quantization()
+        fuse_kernels()
         assert compile_config()[key] is mine
+
+
+def test_a_norm_that_the_user_chose_stays() -> None:
+    from vllm.ir.ops import fused_add_rms_norm
+
+    from vllm_sparse.plugin.compat import compilers_add_norm
+
+    with fused_add_rms_norm.set_priority(["native"]):
+        assert compilers_add_norm() is fused_add_rms_norm.torch_op
+    fused_add_rms_norm.impls["mine"] = SimpleNamespace(provider="mine", supported=True, supports_all_args=True)
+    try:
+        with fused_add_rms_norm.set_priority(["mine"]):
+            assert compilers_add_norm() is None
+    finally:
+        del fused_add_rms_norm.impls["mine"]
 
 
 @pytest.mark.parametrize(("version", "warnings"), [("0.26.0", 0), ("0.32.0+cpu", 0), ("9.9.9", 1)])

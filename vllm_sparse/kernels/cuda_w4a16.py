@@ -26,6 +26,8 @@ PANEL_BLOCKS = 16  # row blocks of a panel
 ROW_BLOCK = 16  # output features of a row block
 AUTO_KERNEL = -1
 _COUNTER_BYTES = 4096  # zero at the workspace's beginning
+# W4A16Output of csrc/cuda/w4a16.h.
+_ROWS, _HALVES, _GATED = 0, 1, 2
 _ZERO_CODE = 8
 _PADDING_NIBBLES = 0x44
 
@@ -85,6 +87,20 @@ def pack_panels(values: Tensor, positions: Tensor, scales: Tensor | None, group_
     return torch.cat((panels.reshape(-1), packed[whole:].transpose(0, 1).reshape(-1)))
 
 
+def interleave_halves(rows: Tensor) -> Tensor:
+    """Return ``rows`` so that each row block has 8 of the first half's and the 8 of the second that they meet.
+
+    Args:
+        rows: ``[n, …]``, n a multiple of 16: one row per output feature.
+    """
+    return rows.unflatten(0, (2, -1, ROW_BLOCK // 2)).transpose(0, 1).flatten(0, 2)
+
+
+def available() -> bool:
+    """Return whether the current device can run this module's ops."""
+    return _cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 @functools.cache
 def _device(index: int) -> tuple[int, int]:
     """Return the number of multiprocessors and 10 * major + minor of the compute capability."""
@@ -128,13 +144,19 @@ def _workspace(device: torch.device) -> Tensor | None:
     return _make_workspace(device, stream) if found is None else found
 
 
-def _linear(
-    x: Tensor, weight: Tensor, channel_scale: Tensor | None, bias: Tensor | None, n: int, group_size: int
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    channel_scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    output: int,
 ) -> Tensor:
     m, k = x.shape
     if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    y = x.new_empty((m, n))
+    y = x.new_empty((m, n // 2 if output == _GATED else n))
     workspace = _workspace(x.device)
     sm_count, capability = _device(x.device.index)
     _cuda.w4a16_linear(
@@ -149,6 +171,7 @@ def _linear(
         k,
         group_size,
         x.dtype == torch.bfloat16,
+        output,
         AUTO_KERNEL,
         0,  # slices by the sizes
         x.device.index,
@@ -160,17 +183,39 @@ def _linear(
     return y
 
 
-def _linear_fake(
-    x: Tensor, weight: Tensor, channel_scale: Tensor | None, bias: Tensor | None, n: int, group_size: int
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    channel_scale: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    halves: bool,
 ) -> Tensor:
+    return _launch(x, weight, channel_scale, bias, n, group_size, _HALVES if halves else _ROWS)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, channel_scale: object, bias: object, n: int, *_: object) -> Tensor:
     return x.new_empty((x.shape[0], n))
 
 
+def _linear_silu_multiply(
+    x: Tensor, weight: Tensor, channel_scale: Tensor | None, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    return _launch(x, weight, channel_scale, bias, n, group_size, _GATED)
+
+
+def _linear_silu_multiply_fake(
+    x: Tensor, weight: Tensor, channel_scale: object, bias: object, n: int, *_: object
+) -> Tensor:
+    return x.new_empty((x.shape[0], n // 2))
+
+
+_ARGUMENTS = "Tensor x, Tensor weight, Tensor? channel_scale, Tensor? bias, int n, int group_size"
+define_op(f"w4a16_linear({_ARGUMENTS}, bool halves) -> Tensor", _linear, _linear_fake, "CUDA")
+# silu(gate) * up of what w4a16_linear with halves returns, both rounded first and silu(gate) again (plugin/fusion.py).
 define_op(
-    "w4a16_linear(Tensor x, Tensor weight, Tensor? channel_scale, Tensor? bias, int n, int group_size) -> Tensor",
-    _linear,
-    _linear_fake,
-    "CUDA",
+    f"w4a16_linear_silu_multiply({_ARGUMENTS}) -> Tensor", _linear_silu_multiply, _linear_silu_multiply_fake, "CUDA"
 )
 
 
@@ -179,7 +224,7 @@ class CudaW4A16Kernel(Kernel):
 
     Group scales are rounded to the activations' dtype. Packed tensors:
 
-    - ``weight_packed`` uint8, see ``pack_panels``;
+    - ``weight_packed`` uint8, see ``pack_panels``; of a gated layer with its halves interleaved;
     - ``channel_scale`` float32 ``[n]`` for group size -1.
     """
 
@@ -206,7 +251,11 @@ class CudaW4A16Kernel(Kernel):
         assert weight.scales is not None  # scheme w4a16 is scaled
         grouped = weight.group_size != -1
         scales = weight.scales.to(spec.dtype) if grouped else None
-        packed = {"weight_packed": pack_panels(weight.values, weight.positions, scales, weight.group_size)}
+        values, positions = weight.values, weight.positions
+        if spec.gated:
+            values, positions = interleave_halves(values), interleave_halves(positions)
+            scales = None if scales is None else interleave_halves(scales)
+        packed = {"weight_packed": pack_panels(values, positions, scales, weight.group_size)}
         if not grouped:
             packed["channel_scale"] = weight.scales.float().flatten()
         if weight.values.is_cuda:
@@ -227,5 +276,5 @@ class CudaW4A16Kernel(Kernel):
         x_zero: Tensor | None = None,
     ) -> Tensor:
         return torch.ops.vllm_sparse.w4a16_linear(
-            x, packed["weight_packed"], packed.get("channel_scale"), bias, spec.n, spec.group_size
+            x, packed["weight_packed"], packed.get("channel_scale"), bias, spec.n, spec.group_size, spec.gated
         )

@@ -12,7 +12,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_sparse.kernels import cuda_quantize
+from vllm_sparse.kernels import cuda_quantize, cuda_w4a16
 from vllm_sparse.kernels.reference import quantize_activations
 
 Quantizer = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -78,23 +78,36 @@ def enable_dependent_launch() -> None:
         config.compilation_config.inductor_compile_config.setdefault("triton.enable_pdl", True)
 
 
-def fuse_silu_and_quantization() -> None:
-    """Let vLLM's compiler make one op of a gated MLP's SiLU and the quantization behind it, where there is such an op.
+def fuse_kernels() -> None:
+    """Let vLLM's compiler put our ops in place of SiLU, norms and what stands before or behind them.
 
     A pass that the user gave stays the only one. To be called before the model is compiled, as above.
     """
     config, key = get_current_vllm_config_or_none(), getattr(current_platform, "pass_key", "post_grad_custom_post_pass")
     # Every layer asks for it: the first one has set it, or the user has.
-    if config is None or key in config.compilation_config.inductor_compile_config or not cuda_quantize.available():
+    if config is None or key in config.compilation_config.inductor_compile_config or not cuda_w4a16.available():
         return
     try:
         from vllm.compilation.passes.inductor_pass import CallableInductorPass
-    except ImportError:  # a version that keeps its passes elsewhere: SiLU and quantization remain two kernels
+    except ImportError:  # a version that keeps its passes elsewhere: what could be fused stays apart
         return
-    from vllm_sparse.plugin.fusion import FuseSiluQuantize
+    from vllm_sparse.plugin.fusion import FusionPass
 
-    fuse = FuseSiluQuantize()
+    fuse = FusionPass()
     config.compilation_config.inductor_compile_config[key] = CallableInductorPass(fuse, fuse.uuid())
+
+
+def compilers_add_norm() -> torch._ops.OpOverload | None:
+    """Return vLLM's op for a residual sum and its RMSNorm if the compiler would write the kernel for it, else None.
+
+    The user may have chosen another implementation (``--ir-op-priority``), or this vLLM has no such op.
+    """
+    try:
+        from vllm.ir.ops import fused_add_rms_norm
+    except ImportError:
+        return None
+    chosen = fused_add_rms_norm.get_priority()
+    return cast(torch._ops.OpOverload, fused_add_rms_norm.torch_op) if chosen[:1] in ([], ["native"]) else None
 
 
 def pipeline_parallel_size() -> int:

@@ -24,7 +24,7 @@ from vllm_sparse.plugin import METHOD
 from vllm_sparse.plugin.compat import (
     additional_config,
     enable_dependent_launch,
-    fuse_silu_and_quantization,
+    fuse_kernels,
     logger,
     pipeline_parallel_size,
     routed_experts_class,
@@ -155,7 +155,7 @@ class Sparse24Config(QuantizationConfig):
         fmt, _ = self.format, self.options  # wrong options are an error whatever the layers are
         warn_if_untested()
         enable_dependent_launch()
-        fuse_silu_and_quantization()
+        fuse_kernels()
         found = self._stored_as(module, fmt)
         if found is None:
             self.report.ignored(module)

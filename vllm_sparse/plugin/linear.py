@@ -185,7 +185,8 @@ class Sparse24LinearMethod(LinearMethodBase):
         """Pack ``weight`` for the best kernel and register what it needs in place of what was loaded."""
         if self._per_token:
             weight = replace(weight, input_scale=None)
-        spec = weight.spec(self.dtype)
+        gate = len(self.parts) == 2 and self.parts[0] == self.parts[1]
+        spec = replace(weight.spec(self.dtype), gated=gate)
         kernel = choose_kernel(spec, weight.device, self.config.options.kernel_for(spec, weight.device))
         packed = kernel.prepare(spec, weight)
         if weight.input_scale is not None:
