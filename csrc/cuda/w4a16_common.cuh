@@ -333,48 +333,63 @@ struct Rows {
     int first, stride;
 };
 
+// Which features the 16 rows of a row block are: as the problem says, or known to be consecutive.
+struct AnyOrder {
+    static __device__ __forceinline__ int first(const Params& p, int row) { return row >> p.halves; }
+    static __device__ __forceinline__ int apart(const Params& p) { return p.apart; }
+    static __device__ __forceinline__ int features(const Params& p) { return p.features; }
+    static __device__ __forceinline__ bool gated(const Params& p) { return p.gated; }
+};
+struct RowOrder {
+    static __device__ __forceinline__ int first(const Params&, int row) { return row; }
+    static __device__ __forceinline__ int apart(const Params&) { return kRowBlock / 2; }
+    static __device__ __forceinline__ int features(const Params& p) { return p.n; }
+    static __device__ __forceinline__ bool gated(const Params&) { return false; }
+};
+
 // One MMA tile of 16 packed rows from `row` and 8 tokens from `token0`: c holds rows g, g + 8 (lane / 4) of tokens 2 t,
 // 2 t + 1.
-template <typename T>
+template <typename T, typename Order = AnyOrder>
 __device__ __forceinline__ void store_unit(const Params& p, const float (&c)[4], int row, int token0, float2 scale,
                                            float2 bias) {
     const int lane = threadIdx.x % 32, token = token0 + lane / 4;
     uint32_t low = pack(c[0] * scale.x + bias.x, c[1] * scale.x + bias.x, T());
     uint32_t high = pack(c[2] * scale.y + bias.y, c[3] * scale.y + bias.y, T());
-    if (p.gated) low = silu_multiply<T>(low, high);
+    if (Order::gated(p)) low = silu_multiply<T>(low, high);
     low = transpose_8x8(low), high = transpose_8x8(high);
     if (token >= p.m) return;
-    const int64_t at = static_cast<int64_t>(token) * p.features + (row >> p.halves);
+    const int64_t at = static_cast<int64_t>(token) * Order::features(p) + Order::first(p, row);
     uint32_t* y = static_cast<uint32_t*>(p.y) + at / 2 + lane % 4;
     *y = low;
-    if (!p.gated) y[p.apart / 2] = high;
+    if (!Order::gated(p)) y[Order::apart(p) / 2] = high;
 }
 
+template <typename Order = AnyOrder>
 __device__ __forceinline__ float2 load_channel_scale(const Params& p, int row) {
     if (p.channel_scale == nullptr) return {p.unit, p.unit};
-    const float* scale = p.channel_scale + (row >> p.halves) + threadIdx.x % 32 / 4;
-    return {p.unit * scale[0], p.unit * scale[p.apart]};
+    const float* scale = p.channel_scale + Order::first(p, row) + threadIdx.x % 32 / 4;
+    return {p.unit * scale[0], p.unit * scale[Order::apart(p)]};
 }
 
-template <typename T>
+template <typename T, typename Order = AnyOrder>
 __device__ __forceinline__ float2 load_bias(const Params& p, int row) {
     if (p.bias == nullptr) return {0.f, 0.f};
-    const T* bias = static_cast<const T*>(p.bias) + (row >> p.halves) + threadIdx.x % 32 / 4;
-    return {to_float(bias[0]), to_float(bias[p.apart])};
+    const T* bias = static_cast<const T*>(p.bias) + Order::first(p, row) + threadIdx.x % 32 / 4;
+    return {to_float(bias[0]), to_float(bias[Order::apart(p)])};
 }
 
-template <typename T, int kI, int kJ>
+template <typename T, typename Order = AnyOrder, int kI, int kJ>
 __device__ __forceinline__ void store_tile(const Params& p, float (&acc)[kI][kJ][4], const Place& place, Rows rows) {
     const int token0 = place.token;
 #pragma unroll
     for (int i = 0; i < kI; ++i) {
         const int block = rows.first + i * rows.stride, row = (place.block + block) * kRowBlock;
         if (block >= place.blocks) continue;
-        const float2 scale = load_channel_scale(p, row), bias = load_bias<T>(p, row);
+        const float2 scale = load_channel_scale<Order>(p, row), bias = load_bias<T, Order>(p, row);
 #pragma unroll
         for (int j = 0; j < kJ; ++j) {
             if (token0 + 8 * j >= p.m) break;
-            store_unit<T>(p, acc[i][j], row, token0 + 8 * j, scale, bias);
+            store_unit<T, Order>(p, acc[i][j], row, token0 + 8 * j, scale, bias);
         }
     }
 }

@@ -198,7 +198,7 @@ __device__ __forceinline__ void store_remote(uint32_t address, int rank, const f
 
 // Add the cluster's slices of a tile and store it. Every block adds up an equal part of the tile's MMA tiles
 // ("pieces"), in the order of the slices.
-template <typename T, typename C>
+template <typename T, typename C, typename Order>
 __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kParts][C::kJ][4], char* shared,
                                            const Place& place) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % p.slices;
@@ -226,7 +226,8 @@ __device__ __forceinline__ void add_slices(const Params& p, float (&acc)[C::kPar
             const float4 part = reinterpret_cast<const float4*>(sums)[(slice * share + local) * 32 + lane];
             c[0] += part.x, c[1] += part.y, c[2] += part.z, c[3] += part.w;
         }
-        store_unit<T>(p, c, row, place.token + 8 * j, load_channel_scale(p, row), load_bias<T>(p, row));
+        const float2 scale = load_channel_scale<Order>(p, row), bias = load_bias<T, Order>(p, row);
+        store_unit<T, Order>(p, c, row, place.token + 8 * j, scale, bias);
     }
     if constexpr (C::kSumsInStages) {
         ptx::copy_engine_fence();
@@ -367,10 +368,18 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
                 ring.release(ring.next());
             }
         }
-        if (p.slices == 1) {
-            store_tile<T>(p, acc, place, {warp, C::kWarps});
+        const auto finish = [&](auto order) {
+            using Order = decltype(order);
+            if (p.slices == 1) {
+                store_tile<T, Order>(p, acc, place, {warp, C::kWarps});
+            } else {
+                add_slices<T, C, Order>(p, acc, shared, place);
+            }
+        };
+        if (p.halves) {
+            finish(AnyOrder());
         } else {
-            add_slices<T, C>(p, acc, shared, place);
+            finish(RowOrder());
         }
     }
 }
