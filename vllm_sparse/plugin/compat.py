@@ -104,10 +104,11 @@ def compilers_add_norm() -> torch._ops.OpOverload | None:
     """
     try:
         from vllm.ir.ops import fused_add_rms_norm
-    except ImportError:
+
+        chosen, op = fused_add_rms_norm.get_priority(), fused_add_rms_norm.torch_op
+    except (ImportError, AttributeError):
         return None
-    chosen = fused_add_rms_norm.get_priority()
-    return cast(torch._ops.OpOverload, fused_add_rms_norm.torch_op) if chosen[:1] in ([], ["native"]) else None
+    return cast(torch._ops.OpOverload, op) if chosen[:1] in ([], ["native"]) else None
 
 
 def pipeline_parallel_size() -> int:
