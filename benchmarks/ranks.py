@@ -52,7 +52,7 @@ def write_checkpoints(source: Path, prompts: list[list[int]], out: Path) -> None
     with Checkpoint(source) as checkpoint:
         form, ignore = format_of(checkpoint), tuple(checkpoint.config["quantization_config"]["ignore"])
         weights: dict[str, Sparse24Weight] = {}
-        others = {}
+        others: dict[str, torch.Tensor] = {}
         for module, names in layers_of(checkpoint, form).items():
             tensors = {last: checkpoint.load(name) for last, name in names.items()}
             if "weight_packed" in tensors:
