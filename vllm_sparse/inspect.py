@@ -13,6 +13,7 @@ import torch
 from vllm_sparse.errors import NotSparseError
 from vllm_sparse.formats import Format, detect
 from vllm_sparse.formats.checkpoint import Checkpoint
+from vllm_sparse.formats.convert import layers_of
 from vllm_sparse.formats.embedding import check_table
 from vllm_sparse.kernels import reasons_against
 from vllm_sparse.plugin.layer import layer_spec
@@ -72,7 +73,7 @@ def read_layers(checkpoint: Checkpoint, fmt: Format | None) -> Iterator[Layer]:
         FormatError: a layer's tensors are not what its format says.
     """
     dtype = checkpoint.dtype
-    for module, tensors in sorted(_modules(checkpoint, fmt).items()):
+    for module, tensors in sorted(layers_of(checkpoint, fmt).items()):
         infos = {suffix: checkpoint.tensors[name] for suffix, name in tensors.items()}
         if "embed" in module or module in _embeddings(fmt) or ("weight" in infos and len(infos["weight"].shape) != 2):
             continue
@@ -129,7 +130,7 @@ def summary(layers: list[Layer], fmt: Format | None, device: torch.device) -> li
 
 def embedding_lines(checkpoint: Checkpoint, fmt: Format | None) -> list[str]:
     """Return one line for each embedding table that is stored in 8 bits; raise FormatError on one that is wrong."""
-    lines, modules = [], _modules(checkpoint, fmt)
+    lines, modules = [], layers_of(checkpoint, fmt)
     for name in _embeddings(fmt):
         infos = {suffix: checkpoint.tensors[full] for suffix, full in modules.get(name, {}).items()}
         file = next((info.file for info in infos.values()), "config.json")
@@ -143,21 +144,6 @@ def embedding_lines(checkpoint: Checkpoint, fmt: Format | None) -> list[str]:
 
 def _embeddings(fmt: Format | None) -> tuple[str, ...]:
     return () if fmt is None else fmt.embeddings
-
-
-def _modules(checkpoint: Checkpoint, fmt: Format | None) -> dict[str, dict[str, str]]:
-    """Return for each module its tensors' full names, by the last part as the format calls it."""
-    renamed = {} if fmt is None else fmt.renamed
-    modules: dict[str, dict[str, str]] = {}
-    for name in checkpoint.tensors:
-        known = name
-        for ending, new in sorted(renamed.items(), key=lambda item: -len(item[0])):
-            if name.endswith(ending):
-                known = name.removesuffix(ending) + (new or ending)
-                break
-        module, _, suffix = known.rpartition(".")
-        modules.setdefault(module, {})[suffix] = name
-    return modules
 
 
 def _detected(

@@ -61,12 +61,13 @@ def format_of(checkpoint: Checkpoint) -> Format:
     return form
 
 
-def layers_of(checkpoint: Checkpoint, form: Format) -> dict[str, dict[str, str]]:
-    """Return the names of a checkpoint's tensors by module and by last part, as ``form`` calls it."""
+def layers_of(checkpoint: Checkpoint, form: Format | None) -> dict[str, dict[str, str]]:
+    """Return the names of a checkpoint's tensors by module and by last part, as ``form`` (if any) calls it."""
+    endings = {} if form is None else form.renamed
     modules: dict[str, dict[str, str]] = {}
     for name in checkpoint.tensors:
         called = name
-        for ending, other in form.renamed.items():
+        for ending, other in endings.items():
             if other is not None and name.endswith(ending):
                 called = name.removesuffix(ending) + other
                 break
