@@ -50,14 +50,13 @@ __global__ void __launch_bounds__(rows::kThreads, kPasses <= 2 ? rows::kLeastBlo
     const rows::Part part(vectors, blocks);
     rows::begin(part, few_tokens);
     const int64_t row = part.token() * vectors;
+    ptx::wait_for_dependencies();  // for the norm's weight as well, which a kernel of the graph may have made
     uint4 weight[kPasses], values[kPasses];
-#pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) weight[pass] = part.load(to.weight, pass);
-    ptx::wait_for_dependencies();
     float2 sums[kPasses][4];
     float squares = 0.f;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
+        weight[pass] = part.load(to.weight, pass);
         add<T>(sums[pass], part.load(to.x + row, pass), part.load(to.residual + row, pass));
 #pragma unroll
         for (int p = 0; p < 4; ++p) squares += sums[pass][p].x * sums[pass][p].x + sums[pass][p].y * sums[pass][p].y;
