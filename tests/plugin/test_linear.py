@@ -83,6 +83,13 @@ def test_shards_of_output_features_hold_the_whole(vllm_context: VllmContext, kin
         torch.testing.assert_close(got.T.float(), torch.cat(expected), rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "gated"), [("qkv_proj", False), ("gate_up_proj", True), ("down_proj", False)])
+def test_two_equal_parts_are_a_gate_and_what_it_multiplies(vllm_context: VllmContext, kind: str, gated: bool) -> None:
+    with vllm_context():
+        layer = loaded_layer(kind, part_weights(kind, "w4a16"))
+    assert layer.quant_method.spec.gated is gated
+
+
 def packed_of(layer: Any) -> dict[str, Tensor]:
     return {name: getattr(layer, attribute) for name, attribute in layer.quant_method._attributes.items()}
 
