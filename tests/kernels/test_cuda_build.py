@@ -79,3 +79,11 @@ def test_no_function_spills_registers() -> None:
             with_stack.append((architecture, function, int(found[1])))
     assert architectures == {*PORTABLE, HOPPER}
     assert with_stack == []
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_sanitizers_program_compiles(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    source = root / "tests" / "csrc" / "w4a16_small.cu"
+    command = ["nvcc", "-std=c++17", f"-I{root / 'csrc' / 'cuda'}", "-c", str(source), "-o", str(tmp_path / "small.o")]
+    subprocess.run(command, check=True)
