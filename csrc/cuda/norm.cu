@@ -5,8 +5,6 @@
 namespace vllm_sparse::norm {
 namespace {
 
-using rows::kMostPasses;
-
 struct Pointers {
     const uint4 *x, *residual, *weight;
     uint4 *residual_out, *out;
@@ -73,31 +71,16 @@ __global__ void __launch_bounds__(rows::kThreads, kPasses <= 2 ? rows::kLeastBlo
     if constexpr (kQuantized) rows::store_quantized<T, 1>(values, part, to.codes, to.scale);
 }
 
-using Kernel = void (*)(Pointers, float, int, int, bool);
-
-template <typename T, bool kQuantized>
-Kernel kernel_of(int passes) {
-    switch (passes) {
-        case 1:
-            return add_norm_kernel<T, kQuantized, 1>;
-        case 2:
-            return add_norm_kernel<T, kQuantized, 2>;
-        default:
-            return add_norm_kernel<T, kQuantized, kMostPasses>;
-    }
-}
-
-Kernel kernel_of(bool half, bool quantized, int passes) {
-    if (half) return quantized ? kernel_of<__half, true>(passes) : kernel_of<__half, false>(passes);
-    return quantized ? kernel_of<__nv_bfloat16, true>(passes) : kernel_of<__nv_bfloat16, false>(passes);
-}
+struct Kernels {
+    template <typename T, bool kQuantized, int kPasses>
+    static constexpr auto kernel = add_norm_kernel<T, kQuantized, kPasses>;
+};
 
 }  // namespace
 
 const char* add_norm(const AddNormArguments& a, void* stream) {
     if (a.m == 0) return nullptr;
-    if (a.m < 0 || a.k <= 0 || a.k % rows::kVector != 0 || a.k > rows::kMostColumns)
-        return "k must be a multiple of 8 up to 131072";
+    if (const char* reason = rows::reason_against(a.m, a.k)) return reason;
     const rows::Layout layout(a.m, a.k);
     const Pointers to{static_cast<const uint4*>(a.x),
                       static_cast<const uint4*>(a.residual),
@@ -106,8 +89,8 @@ const char* add_norm(const AddNormArguments& a, void* stream) {
                       static_cast<uint4*>(a.out),
                       static_cast<uint2*>(a.codes),
                       a.scale};
-    return rows::launch(kernel_of(a.half, a.codes != nullptr, layout.passes), layout, a.device, a.overlap, stream, to,
-                        a.epsilon, a.k / rows::kVector, layout.blocks, layout.few_tokens);
+    return rows::launch(rows::kernel_of<Kernels>(a.half, a.codes != nullptr, layout), layout, a.device, a.overlap,
+                        stream, to, a.epsilon, a.k / rows::kVector, layout.blocks, layout.few_tokens);
 }
 
 }  // namespace vllm_sparse::norm

@@ -15,7 +15,7 @@ struct AddNormArguments {
     float* scale;          // [m], of the codes
     bool half;
     float epsilon;
-    int m, k;  // k % 8 == 0, k <= fp8::kMostColumns
+    int m, k;  // k % 8 == 0, k <= 131072
     int device;
     bool overlap;  // may start while its predecessor in the stream still runs (programmatic dependent launch)
 };

@@ -5,9 +5,6 @@
 namespace vllm_sparse::fp8 {
 namespace {
 
-using rows::kMostPasses;
-static_assert(kMostColumns == rows::kMostColumns);
-
 template <typename T>
 __device__ __forceinline__ uint4 silu_multiply(uint4 gate, uint4 up) {
     return make_uint4(vllm_sparse::silu_multiply<T>(gate.x, up.x), vllm_sparse::silu_multiply<T>(gate.y, up.y),
@@ -35,33 +32,18 @@ __global__ void __launch_bounds__(rows::kThreads, rows::kLeastBlocks)
     rows::store_quantized<T, 0>(values, part, codes, scale);
 }
 
-using Kernel = void (*)(const uint4*, uint2*, float*, int, int, bool);
-
-template <typename T, bool kGated>
-Kernel kernel_of(int passes) {
-    switch (passes) {
-        case 1:
-            return quantize_kernel<T, kGated, 1>;
-        case 2:
-            return quantize_kernel<T, kGated, 2>;
-        default:
-            return quantize_kernel<T, kGated, kMostPasses>;
-    }
-}
-
-Kernel kernel_of(bool half, bool gated, int passes) {
-    if (half) return gated ? kernel_of<__half, true>(passes) : kernel_of<__half, false>(passes);
-    return gated ? kernel_of<__nv_bfloat16, true>(passes) : kernel_of<__nv_bfloat16, false>(passes);
-}
+struct Kernels {
+    template <typename T, bool kGated, int kPasses>
+    static constexpr auto kernel = quantize_kernel<T, kGated, kPasses>;
+};
 
 }  // namespace
 
 const char* quantize(const QuantizeArguments& a, void* stream) {
     if (a.m == 0) return nullptr;
-    if (a.m < 0 || a.k <= 0 || a.k % rows::kVector != 0 || a.k > kMostColumns)
-        return "k must be a multiple of 8 up to 131072";
+    if (const char* reason = rows::reason_against(a.m, a.k)) return reason;
     const rows::Layout layout(a.m, a.k);
-    return rows::launch(kernel_of(a.half, a.gated, layout.passes), layout, a.device, a.overlap, stream,
+    return rows::launch(rows::kernel_of<Kernels>(a.half, a.gated, layout), layout, a.device, a.overlap, stream,
                         static_cast<const uint4*>(a.x), static_cast<uint2*>(a.codes), a.scale, a.k / rows::kVector,
                         layout.blocks, layout.few_tokens);
 }

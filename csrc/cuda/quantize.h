@@ -12,12 +12,10 @@ struct QuantizeArguments {
     bool gated;    // x is [m, 2 k], gate beside up, and what is quantized is silu(gate) * up
     void* codes;   // e4m3 [m, k], 8-byte aligned
     float* scale;  // [m]
-    int m, k;      // k % 8 == 0, k <= kMostColumns
+    int m, k;      // k % 8 == 0, k <= 131072
     int device;
     bool overlap;  // may start while its predecessor in the stream still runs (programmatic dependent launch)
 };
-
-constexpr int kMostColumns = 131072;
 
 // Launches on `stream` (a cudaStream_t) of `device`; the caller's device stays current. With few tokens the next kernel
 // may start at once. Returns nullptr, or one sentence that says what failed.

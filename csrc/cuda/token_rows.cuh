@@ -117,13 +117,22 @@ __device__ __forceinline__ void store_quantized(const uint4 (&values)[kPasses], 
 
 // ---- host -----------------------------------------------------------------------------------------------------------
 
+constexpr int kFewTokens = 64;
+
+// nullptr, or why rows of k values of m tokens cannot be done.
+inline const char* reason_against(int m, int k) {
+    static_assert(kMostColumns == 131072);
+    if (m >= 0 && k > 0 && k % kVector == 0 && k <= kMostColumns) return nullptr;
+    return "k must be a multiple of 8 up to 131072";
+}
+
 // How rows of k values are laid out: few tokens are spread over the chip; many fill it anyway, and a cluster's barrier
 // is the dearer part then.
 struct Layout {
     int tokens, blocks, passes;
     bool few_tokens;
 
-    Layout(int m, int k) : tokens(m), few_tokens(m <= 64) {
+    Layout(int m, int k) : tokens(m), few_tokens(m <= kFewTokens) {
         const int one = ceil_div(k, kPass);
         blocks = few_tokens ? (one < kMostBlocks ? one : kMostBlocks) : ceil_div(one, kMostPasses);
         passes = ceil_div(one, blocks);
@@ -131,6 +140,25 @@ struct Layout {
     }
     static int ceil_div(int a, int b) { return (a + b - 1) / b; }
 };
+
+// Family::kernel<T, kFlag, kPasses> for the type, one flag and the layout.
+template <typename Family, typename T, bool kFlag>
+auto kernel_of(const Layout& layout) {
+    switch (layout.passes) {
+        case 1:
+            return Family::template kernel<T, kFlag, 1>;
+        case 2:
+            return Family::template kernel<T, kFlag, 2>;
+        default:
+            return Family::template kernel<T, kFlag, kMostPasses>;
+    }
+}
+
+template <typename Family>
+auto kernel_of(bool half, bool flag, const Layout& layout) {
+    if (half) return flag ? kernel_of<Family, __half, true>(layout) : kernel_of<Family, __half, false>(layout);
+    return flag ? kernel_of<Family, __nv_bfloat16, true>(layout) : kernel_of<Family, __nv_bfloat16, false>(layout);
+}
 
 template <typename... Parameters, typename... Arguments>
 const char* launch(void (*kernel)(Parameters...), const Layout& layout, int device, bool overlap, void* stream,

@@ -354,20 +354,14 @@ __global__ __launch_bounds__(kThreads, 2) void w4a16_stream_kernel(const __grid_
             ptx::barrier_arrive(token_ring.is_empty());
             weight_ring.next(), token_ring.next();
         }
-        const auto finish = [&](auto order) {
+        with_order(p, [&](auto order) {
             using Order = decltype(order);
             if constexpr (C::kWhole) {
                 store_tile<T, Order>(p, acc, place, Rows{row_group * C::kI, 1});
             } else {
                 add_up<T, C, Order>(p, acc, shared, arrived, place, rank, row_group, way);
             }
-        };
-        // Most layers' rows are consecutive: a chain that ends sooner by a hundredth of the layer's time.
-        if (p.halves) {
-            finish(AnyOrder());
-        } else {
-            finish(RowOrder());
-        }
+        });
     }
 }
 

@@ -368,19 +368,14 @@ __global__ __launch_bounds__(C::kThreads, 1) void w4a16_wgmma_kernel(const __gri
                 ring.release(ring.next());
             }
         }
-        const auto finish = [&](auto order) {
+        with_order(p, [&](auto order) {
             using Order = decltype(order);
             if (p.slices == 1) {
                 store_tile<T, Order>(p, acc, place, {warp, C::kWarps});
             } else {
                 add_slices<T, C, Order>(p, acc, shared, place);
             }
-        };
-        if (p.halves) {
-            finish(AnyOrder());
-        } else {
-            finish(RowOrder());
-        }
+        });
     }
 }
 

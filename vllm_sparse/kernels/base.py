@@ -71,6 +71,13 @@ def zero_point_tensors(weight: Sparse24Weight) -> dict[str, Tensor]:
     return sums if weight.input_zero is None else sums | {"input_zero": weight.input_zero}
 
 
+def contiguous_and_aligned(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy of it, contiguous at a multiple of 16 bytes, as CUDA kernels load it."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def define_op(signature: str, implementation: Callable[..., Any], fake: Callable[..., Any], device: str) -> None:
     """Register ``torch.ops.vllm_sparse.<name>`` so that torch.compile and CUDA graphs see one opaque call.
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op, zero_point_tensors
+from vllm_sparse.kernels.base import (
+    MOST_OVERLAPPED_TOKENS,
+    Kernel,
+    contiguous_and_aligned,
+    define_op,
+    zero_point_tensors,
+)
 from vllm_sparse.native import pointer
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
@@ -145,8 +151,7 @@ def _linear(
     dtype: torch.dtype,
 ) -> Tensor:
     m, k = x.shape
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = contiguous_and_aligned(x)
     y = torch.empty((m, n), dtype=dtype, device=x.device)
     sm_count, capability = _device(x.device.index)
     _cuda.mma_linear(

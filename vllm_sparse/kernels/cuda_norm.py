@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, contiguous_and_aligned, define_op
 from vllm_sparse.kernels.cuda_quantize import _cuda, available
 
-__all__ = ["add_rms_norm", "add_rms_norm_quantize", "available"]
+__all__ = ["MOST_COLUMNS", "add_rms_norm", "add_rms_norm_quantize", "available"]
+
+MOST_COLUMNS = 131072  # of a row, as in csrc/cuda/token_rows.cuh
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return the norm of ``x + residual`` and the sum, in the arithmetic of vLLM's ``fused_add_rms_norm``.
 
     Args:
-        x, residual: bf16 or fp16 ``[m, k]``, k a multiple of 8.
+        x, residual: bf16 or fp16 ``[m, k]``, k a multiple of 8 up to ``MOST_COLUMNS``.
         weight: ``[k]`` of their dtype.
         epsilon: added to the mean of the squares.
     """
@@ -29,12 +31,6 @@ def add_rms_norm_quantize(x: Tensor, residual: Tensor, weight: Tensor, epsilon: 
     return codes, scale, total
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 def _launch(
     x: Tensor,
     residual: Tensor,
@@ -46,7 +42,7 @@ def _launch(
     scale: Tensor | None = None,
 ) -> None:
     m, k = x.shape
-    inputs = [_plain(tensor) for tensor in (x, residual, weight)]
+    inputs = [contiguous_and_aligned(tensor) for tensor in (x, residual, weight)]
     outputs = [0 if tensor is None else tensor.data_ptr() for tensor in (total, normed, codes, scale)]
     _cuda.add_norm(
         *(tensor.data_ptr() for tensor in inputs),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, contiguous_and_aligned, define_op
 
 try:
     _cuda: Any = importlib.import_module("vllm_sparse._cuda")
@@ -45,8 +45,7 @@ def silu_multiply_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _launch(x: Tensor, codes: Tensor, scale: Tensor, gated: bool) -> tuple[Tensor, Tensor]:
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = contiguous_and_aligned(x)
     m, k = codes.shape
     stream = torch.cuda.current_stream(x.device).cuda_stream
     half, overlap = x.dtype == torch.float16, m <= MOST_OVERLAPPED_TOKENS

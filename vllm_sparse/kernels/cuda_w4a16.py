@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, define_op
+from vllm_sparse.kernels.base import MOST_OVERLAPPED_TOKENS, Kernel, contiguous_and_aligned, define_op
 from vllm_sparse.weight import LinearSpec, Sparse24Weight
 
 try:
@@ -145,17 +145,16 @@ def _workspace(device: torch.device) -> Tensor | None:
 
 
 def _launch(
+    output: int,
     x: Tensor,
     weight: Tensor,
     channel_scale: Tensor | None,
     bias: Tensor | None,
     n: int,
     group_size: int,
-    output: int,
 ) -> Tensor:
     m, k = x.shape
-    if not x.is_contiguous() or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
+    x = contiguous_and_aligned(x)
     y = x.new_empty((m, n // 2 if output == _GATED else n))
     workspace = _workspace(x.device)
     sm_count, capability = _device(x.device.index)
@@ -183,32 +182,22 @@ def _launch(
     return y
 
 
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    channel_scale: Tensor | None,
-    bias: Tensor | None,
-    n: int,
-    group_size: int,
-    halves: bool,
-) -> Tensor:
-    return _launch(x, weight, channel_scale, bias, n, group_size, _HALVES if halves else _ROWS)
+def _linear(*arguments: Any) -> Tensor:
+    *problem, halves = arguments
+    return _launch(_HALVES if halves else _ROWS, *problem)
 
 
 def _linear_fake(x: Tensor, weight: Tensor, channel_scale: object, bias: object, n: int, *_: object) -> Tensor:
     return x.new_empty((x.shape[0], n))
 
 
-def _linear_silu_multiply(
-    x: Tensor, weight: Tensor, channel_scale: Tensor | None, bias: Tensor | None, n: int, group_size: int
-) -> Tensor:
-    return _launch(x, weight, channel_scale, bias, n, group_size, _GATED)
+def _linear_silu_multiply(*problem: Any) -> Tensor:
+    return _launch(_GATED, *problem)
 
 
-def _linear_silu_multiply_fake(
-    x: Tensor, weight: Tensor, channel_scale: object, bias: object, n: int, *_: object
-) -> Tensor:
-    return x.new_empty((x.shape[0], n // 2))
+def _linear_silu_multiply_fake(*problem: Any) -> Tensor:
+    both = _linear_fake(*problem)
+    return both.new_empty((both.shape[0], both.shape[1] // 2))
 
 
 _ARGUMENTS = "Tensor x, Tensor weight, Tensor? channel_scale, Tensor? bias, int n, int group_size"

@@ -20,9 +20,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 
-import vllm_sparse.kernels  # noqa: F401  (defines the ops)
 from vllm_sparse.plugin import norms
-from vllm_sparse.plugin.norms import replace_norms
 
 _aten, _ours = torch.ops.aten, torch.ops.vllm_sparse
 _convert = torch.ops.prims.convert_element_type.default
@@ -106,7 +104,7 @@ class FusionPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrite ``graph`` in place."""
         _matcher().apply(graph)
-        replace_norms(graph)
+        norms.replace_norms(graph)
 
     def uuid(self) -> str:
         """Return what compiled graphs are cached by: another version of these files is another pass."""

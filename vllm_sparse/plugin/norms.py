@@ -9,7 +9,6 @@ from vllm_sparse.kernels import cuda_norm
 from vllm_sparse.plugin.compat import compilers_add_norm
 
 _ours = torch.ops.vllm_sparse
-_MOST_COLUMNS = 131072  # of a row, as in csrc/cuda/token_rows.cuh
 
 
 def replace_norms(graph: fx.Graph) -> None:
@@ -39,7 +38,7 @@ def _fits(node: fx.Node) -> bool:
         and all(value.dtype == values[0].dtype for value in values)
         and isinstance(k, int)
         and k % 8 == 0
-        and k <= _MOST_COLUMNS
+        and k <= cuda_norm.MOST_COLUMNS
     )
 
 
@@ -51,23 +50,18 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _replace(node: fx.Node, readers: list[fx.Node]) -> None:
-    graph, arguments = node.graph, node.args[:4]
-    quantize = readers[0] if len(readers) == 1 and readers[0].target is _ours.fp8_quantize.default else None
-    op = _ours.add_rms_norm.default if quantize is None else _ours.add_rms_norm_fp8_quantize.default
-    with graph.inserting_before(node):
-        fused = graph.call_function(op, arguments)
-    normed, total = node.meta["val"]
-    codes = () if quantize is None else quantize.meta["val"]
-    fused.meta.update(node.meta, val=(normed, total) if quantize is None else (*codes, total))
+    """Make ``node`` our op: its results (normed, sum) stay at their places, or become codes, scales and sum."""
+    node.args = node.args[:4]
+    if len(readers) > 1 or readers[0].target is not _ours.fp8_quantize.default:
+        node.target = _ours.add_rms_norm.default
+        return
+    (quantize,) = readers
+    (normed,) = quantize.all_input_nodes
+    node.target = _ours.add_rms_norm_fp8_quantize.default
+    node.meta["val"] = (*quantize.meta["val"], node.meta["val"][1])
     for user in list(node.users):
-        if user.args[1] == 1:
-            user.update_arg(1, 1 if quantize is None else 2)
-        if quantize is None or user.args[1] == 2:
-            user.update_arg(0, fused)
-    if quantize is not None:
-        quantize.replace_all_uses_with(fused)
-        normed_items = list(node.users)
-        graph.erase_node(quantize)
-        for item in normed_items:
-            graph.erase_node(item)
-    graph.erase_node(node)
+        if user is not normed:
+            user.update_arg(1, 2)
+    quantize.replace_all_uses_with(node)
+    node.graph.erase_node(quantize)
+    node.graph.erase_node(normed)
