@@ -22,9 +22,15 @@ struct Family {
     const char* name;
     int first, last;  // of W4A16Kernel
     int k;
+    bool several_tiles;  // of tokens, and slices of a tile's columns
 };
-constexpr Family kFamilies[] = {{"mma", 0, 3, 1408}, {"stream", 4, 5, 2944}, {"wgmma", 6, 9, 1408}};
+constexpr Family kFamilies[] = {{"mma", 0, 3, 1408, true}, {"stream", 4, 5, 2944, false}, {"wgmma", 6, 9, 1408, true}};
 constexpr int kTokens[] = {8, 16, 32, 64, 8, 16, 32, 64, 96, 128};  // of a tile, by W4A16Kernel
+
+struct Layer {
+    int n, group_size;
+};
+constexpr Layer kLayers[] = {{528, 128}, {1040, 128}, {2304, 128}, {528, 64}, {528, 32}, {528, -1}};
 
 // Every byte the same: 0x44 is a valid position and a finite scale of either type.
 uint8_t* filled(size_t bytes, int value) {
@@ -32,6 +38,28 @@ uint8_t* filled(size_t bytes, int value) {
     cudaMalloc(&memory, bytes);
     cudaMemset(memory, value, bytes);
     return memory;
+}
+
+struct Memory {
+    uint8_t* x = filled(kBytes, 0x3c);
+    uint8_t* weight = filled(kBytes, 0x44);
+    uint8_t* y = filled(kBytes, 0);
+    uint8_t* features = filled(1 << 20, 0x3c);  // bias, or the channels' scales
+    uint8_t* workspace = filled(w4a16_workspace_bytes(kMultiprocessors), 0);
+};
+
+// A whole tile of tokens without bias, or another number of them with one.
+W4A16Problem make(const Family& family, int kernel, const Layer& layer, bool bf16, bool other, const Memory& memory) {
+    W4A16Problem problem{};
+    problem.x = memory.x, problem.weight = memory.weight, problem.y = memory.y, problem.workspace = memory.workspace;
+    problem.channel_scale = layer.group_size == -1 ? reinterpret_cast<float*>(memory.features) : nullptr;
+    problem.bias = other ? memory.features : nullptr;
+    problem.m = kTokens[kernel];
+    if (other) problem.m = family.several_tiles ? 2 * problem.m - 3 : problem.m - 1;
+    problem.n = layer.n, problem.k = family.k, problem.group_size = layer.group_size, problem.bf16 = bf16;
+    problem.kernel = static_cast<W4A16Kernel>(kernel);
+    problem.slices = other && family.several_tiles ? 2 : 0;
+    return problem;
 }
 
 // Whether it ran.
@@ -55,32 +83,14 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "usage: small mma | stream | wgmma\n");
         return 2;
     }
-    uint8_t* x = filled(kBytes, 0x3c);
-    uint8_t* weight = filled(kBytes, 0x44);
-    uint8_t* y = filled(kBytes, 0);
-    uint8_t* features = filled(1 << 20, 0x3c);
-    uint8_t* workspace = filled(w4a16_workspace_bytes(kMultiprocessors), 0);
+    const Memory memory;
     int launches = 0, failures = 0;
     for (int kernel = family->first; kernel <= family->last; ++kernel) {
-        for (const int group_size : {128, 64, 32, -1}) {
-            for (const bool bf16 : {false, true}) {
-                for (const int n : {528, 1040, 2304}) {
-                    if (n != 528 && group_size != 128) continue;
-                    for (const bool more : {false, true}) {  // tokens than a tile holds, or fewer; bias; slices
-                        const bool stream = family->first == 4;
-                        W4A16Problem problem{};
-                        problem.x = x, problem.weight = weight, problem.y = y, problem.workspace = workspace;
-                        problem.channel_scale = group_size == -1 ? reinterpret_cast<float*>(features) : nullptr;
-                        problem.bias = more ? features : nullptr;
-                        problem.m = stream ? kTokens[kernel] - more : kTokens[kernel] * (more ? 2 : 1) - 3 * more;
-                        problem.n = n, problem.k = family->k, problem.group_size = group_size, problem.bf16 = bf16;
-                        problem.output = static_cast<W4A16Output>(launches % 3);
-                        problem.kernel = static_cast<W4A16Kernel>(kernel);
-                        problem.slices = family->first == 6 && more ? 2 : 0;
-                        failures += !launch(problem);
-                        ++launches;
-                    }
-                }
+        for (const Layer& layer : kLayers) {
+            for (const int variant : {0, 1, 2, 3}) {
+                W4A16Problem problem = make(*family, kernel, layer, variant % 2, variant / 2, memory);
+                problem.output = static_cast<W4A16Output>(launches++ % 3);
+                failures += !launch(problem);
             }
         }
     }

@@ -21,6 +21,13 @@ def test_shapes_are_known_without_running_it() -> None:
     assert (scale.shape, scale.dtype, total.dtype) == ((3, 1), torch.float32, torch.bfloat16)
 
 
+@pytest.mark.skipif(cuda_norm._cuda is None, reason="the extension module vllm_sparse._cuda is not built")
+@pytest.mark.parametrize("k", [0, 12, 131080])
+def test_rows_that_it_cannot_do_are_named_before_a_gpu_is_asked_for(k: int) -> None:
+    with pytest.raises(RuntimeError, match=r"^add_norm: k must be a multiple of 8 up to 131072$"):
+        cuda_norm._cuda.add_norm(0, 0, 0, 0, 0, 0, 0, False, EPSILON, 1, k, 0, False, 0)
+
+
 def expected(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """vLLM's native implementation, with the mean in float64."""
     total = x.float() + residual.float()
