@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 
 import compressed_tensors
-from compressed_tensors.compressors.sparse_quantized_compressors.marlin_24 import Marlin24Compressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     if compressed_tensors.__version__ != VERSION:
         parser.error(f"compressed-tensors is {compressed_tensors.__version__}, {VERSION} is the last with marlin-24")
+    from compressed_tensors.compressors.sparse_quantized_compressors.marlin_24 import Marlin24Compressor
+
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     scheme, tensors = QuantizationScheme(**group), dict[str, Tensor]()
