@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+import statistics
 import subprocess
 import sys
 
@@ -176,10 +177,12 @@ for _ in range(4):
     thread.join()
 print(faults() - before)
 """
-    faults = {
-        how: int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
-        for how in ("keep", "not")
-    }
+
+    def count(how: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", program, how], check=True, capture_output=True).stdout)
+
+    # Where small things lie between large ones decides what fits again: one run of twenty has half as many faults more.
+    faults = {how: statistics.median(count(how) for _ in range(3)) for how in ("keep", "not")}
     assert faults["keep"] < faults["not"] / 2
 
 
