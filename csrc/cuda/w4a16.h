@@ -27,8 +27,8 @@ enum class W4A16Kernel : int {
     kWgmma64 = 7,
     kWgmma96 = 8,
     kWgmma128 = 9,
+    kWgmma = 10,  // the one of 64, 96 and 128 tokens that is estimated to be fastest
 };
-constexpr int kW4A16Kernels = 10;
 
 // What the 16 rows of a packed row block are, and what y holds of them.
 enum class W4A16Output : int {

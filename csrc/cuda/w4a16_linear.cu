@@ -13,13 +13,12 @@ struct Choice {
 };
 
 // Measured on an H200 (docs/kernels-w4a16.md): the smallest tile that holds all tokens, since padding costs tensor time
-// and shared memory; from 65 tokens on, the fewest tiles, since each dequantizes the weights, and of 96 where they
-// suffice.
-constexpr Choice kHopper[] = {{8, W4A16Kernel::kStream8},   {16, W4A16Kernel::kStream16},
-                              {32, W4A16Kernel::kWgmma32},  {64, W4A16Kernel::kWgmma64},
-                              {96, W4A16Kernel::kWgmma96},  {128, W4A16Kernel::kWgmma128},
-                              {192, W4A16Kernel::kWgmma96}, {256, W4A16Kernel::kWgmma128},
-                              {288, W4A16Kernel::kWgmma96}, {INT_MAX, W4A16Kernel::kWgmma128}};
+// and shared memory.
+constexpr Choice kHopper[] = {{8, W4A16Kernel::kStream8},
+                              {16, W4A16Kernel::kStream16},
+                              {32, W4A16Kernel::kWgmma32},
+                              {64, W4A16Kernel::kWgmma64},
+                              {INT_MAX, W4A16Kernel::kWgmma}};
 
 // Everywhere else mma.sp; 64 tokens are the most whose sums fit the registers.
 constexpr Choice kPortable[] = {

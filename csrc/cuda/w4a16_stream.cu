@@ -87,8 +87,8 @@ struct Tokens {
     }
 };
 
-// acc += one step. No branch inside, so that the row blocks hide each other's latencies: columns beyond k meet tokens
-// that the copy engine has set to zero.
+// acc += one step. No branch inside, and unit by unit for all row blocks, so that they hide each other's latencies:
+// columns beyond k meet tokens that the copy engine has set to zero.
 template <typename T, typename C>
 __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], const char* weights, uint32_t stage,
                                               const Tokens<C>& tokens, int repeat) {
@@ -96,46 +96,50 @@ __device__ __forceinline__ void multiply_step(float (&acc)[C::kI][C::kJ][4], con
     constexpr int kGroups = C::kGroups == 0 ? 1 : C::kGroups, kGroupUnits = kUnits / kGroups;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-        uint32_t b[kGroupUnits][C::kJ][4];
-#pragma unroll
-        for (int unit = 0; unit < kGroupUnits; ++unit) {
-#pragma unroll
-            for (int j = 0; j < C::kJ; ++j) {
-                load_tokens(b[unit][j], tokens.at(stage, repeat, group * kGroupUnits + unit, j));
-            }
-        }
+        uint32_t codes[C::kI][kGroupUnits], positions[C::kI][(kGroupUnits + 1) / 2];
+        float part[C::kI][C::kJ][4] = {};
 #pragma unroll
         for (int i = 0; i < C::kI; ++i) {
             const char* block = weights + i * C::kBlock;
-            uint32_t codes[kGroupUnits], positions[(kGroupUnits + 1) / 2];
-            memcpy(codes, __builtin_assume_aligned(block + 16 * lane + sizeof(codes) * group, sizeof(codes)),
-                   sizeof(codes));
-            memcpy(positions,
+            memcpy(codes[i], __builtin_assume_aligned(block + 16 * lane + sizeof(codes[i]) * group, sizeof(codes[i])),
+                   sizeof(codes[i]));
+            memcpy(positions[i],
                    __builtin_assume_aligned(block + kCodeBytes + 8 * lane + group * kGroupUnits / 2 * 4,
-                                            sizeof(positions)),
-                   sizeof(positions));
-            float part[C::kJ][4] = {};
+                                            sizeof(positions[i])),
+                   sizeof(positions[i]));
+        }
 #pragma unroll
-            for (int unit = 0; unit < kGroupUnits; ++unit) {
+        for (int unit = 0; unit < kGroupUnits; ++unit) {
+            uint32_t b[C::kJ][4];
+#pragma unroll
+            for (int j = 0; j < C::kJ; ++j) {
+                load_tokens(b[j], tokens.at(stage, repeat, group * kGroupUnits + unit, j));
+            }
+#pragma unroll
+            for (int i = 0; i < C::kI; ++i) {
                 uint32_t a[4];
-                decode(codes[unit], a, T());
+                decode(codes[i][unit], a, T());
 #pragma unroll
                 for (int j = 0; j < C::kJ; ++j) {
-                    float (&d)[4] = C::kGroups == 0 ? acc[i][j] : part[j];
+                    float (&d)[4] = C::kGroups == 0 ? acc[i][j] : part[i][j];
                     if ((group * kGroupUnits + unit) % 2 == 0) {
-                        mma<T, 0>(d, a, b[unit][j], d, positions[unit / 2]);
+                        mma<T, 0>(d, a, b[j], d, positions[i][unit / 2]);
                     } else {
-                        mma<T, 1>(d, a, b[unit][j], d, positions[unit / 2]);
+                        mma<T, 1>(d, a, b[j], d, positions[i][unit / 2]);
                     }
                 }
             }
-            if constexpr (C::kGroups > 0) {
-                const uint32_t* scales = reinterpret_cast<const uint32_t*>(block + kCodeBytes + kPositionBytes);
+        }
+        if constexpr (C::kGroups > 0) {
+#pragma unroll
+            for (int i = 0; i < C::kI; ++i) {
+                const uint32_t* scales =
+                    reinterpret_cast<const uint32_t*>(weights + i * C::kBlock + kCodeBytes + kPositionBytes);
                 const float2 scale = unpack(scales[lane / 4 * C::kGroups + group], T());
 #pragma unroll
                 for (int j = 0; j < C::kJ; ++j) {
-                    acc[i][j][0] += scale.x * part[j][0], acc[i][j][1] += scale.x * part[j][1];
-                    acc[i][j][2] += scale.y * part[j][2], acc[i][j][3] += scale.y * part[j][3];
+                    acc[i][j][0] += scale.x * part[i][j][0], acc[i][j][1] += scale.x * part[i][j][1];
+                    acc[i][j][2] += scale.y * part[i][j][2], acc[i][j][3] += scale.y * part[i][j][3];
                 }
             }
         }

@@ -39,9 +39,14 @@ struct Config {
     static_assert(!kSumsInStages || kSumBytes <= Memory::kFull);
     static_assert(kSharedBytes <= 227 * 1024);
 
-    // Estimates that choose slices and rows, in nanoseconds: one step of 256 rows, adding up a tile's slices.
-    static constexpr int kStepTime = kTokens <= 32 ? 250 : kTokens <= 64 ? 500 : kTokens <= 96 ? 720 : 800;
-    static constexpr int kSumTime = kTokens <= 32 ? 1000 : kTokens <= 64 ? 1500 : kTokens <= 96 ? 5000 : 6000;
+    // Estimates that choose tiles and slices, in nanoseconds (decision 0059): a step of one to four units (four
+    // warpgroups take as long for one as for all), adding up a tile's slices.
+    static constexpr int step_time(int units) {
+        constexpr int kTimes[4][4] = {
+            {250, 250, 250, 250}, {245, 295, 475, 560}, {275, 365, 560, 720}, {400, 470, 690, 800}};
+        return kTimes[kTokens / 32 - 1][units - 1];
+    }
+    static constexpr int kSumTime = kTokens == 32 ? 1000 : kTokens == 64 ? 3700 : kTokens == 96 ? 5000 : 6000;
 };
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -404,25 +409,25 @@ int concurrent_clusters(int slices, const W4A16Device& device) {
     return known[slices] < all ? known[slices] : all;
 }
 
-// Percent of a 256-row step's time that a step of 64, 128, 192, 256 rows takes; four warpgroups take as long for one as
-// for all.
-template <typename C>
-int step_percent(int units) {
-    constexpr bool k96 = C::kTokens == 96;
-    constexpr int kPercent[4] = {k96 ? 37 : C::kTokens == 128 ? 43 : 50, k96 ? 52 : 60, k96 ? 80 : 76, 100};
-    return C::kParts == 1 ? 100 : kPercent[units - 1];
-}
+// How the work is divided, and how many nanoseconds that is estimated to take, beside what every launch takes.
+struct Plan {
+    Params params;
+    int64_t time = INT64_MAX;
+};
 
 // Choose the number of slices and the row tiles, by the estimated time.
 template <typename T, typename C>
-void divide_work(Params& p, int forced_slices, const W4A16Device& device) {
+Plan make_plan(const W4A16Problem& problem, const W4A16Device& device) {
     constexpr int kMost = kPanelBlocks / kUnitBlocks;
-    const int units = (p.n / kRowBlock + kUnitBlocks - 1) / kUnitBlocks;
-    int64_t best = INT64_MAX;
+    Params p = make_params(problem, kW4A16Panel, C::kTokens);
+    if (kScalesInDecoding<T, C>) p.unit = kScaledUnit;
+    const int units = (p.n / kRowBlock + kUnitBlocks - 1) / kUnitBlocks, least = (units + kMost - 1) / kMost;
+    // With several token tiles, sums of more than two slices take longer than the estimate.
+    const int most_slices = p.token_tiles > 1 ? 2 : kMaxSlices;
+    Plan best;
     for (int slices = 1; slices <= kMaxSlices && slices <= p.steps; ++slices) {
-        if (forced_slices != 0 && forced_slices != slices) continue;
+        if (problem.slices != 0 ? problem.slices != slices : slices > most_slices) continue;
         const int clusters = concurrent_clusters<T, C>(slices, device);
-        const int least = (units + kMost - 1) / kMost;
         const int rounds = (least * p.token_tiles + clusters - 1) / clusters;
         // Lower tiles fill the last round. In more than two rounds that gains nothing (measured: the power is the
         // limit).
@@ -435,22 +440,51 @@ void divide_work(Params& p, int forced_slices, const W4A16Device& device) {
         int tall = (tried.longer * p.token_tiles + clusters - 1) / clusters;  // rounds with the taller tiles
         if (tall > rounds) tall = rounds;
         const int64_t steps = (p.steps + slices - 1) / slices;
-        const int64_t percent = tall * (tried.longer > 0 ? step_percent<C>(tried.share + 1) : 0) +
-                                (rounds - tall) * step_percent<C>(tried.share);
-        const int64_t time = steps * percent * C::kStepTime / 100 + (slices > 1) * rounds * C::kSumTime;
-        if (time < best) best = time, p = tried;
+        const int64_t step_times =
+            tall * (tried.longer > 0 ? C::step_time(tried.share + 1) : 0) + (rounds - tall) * C::step_time(tried.share);
+        const int64_t time = steps * step_times + (slices > 1) * rounds * C::kSumTime;
+        if (time < best.time) best = {tried, time};
     }
+    return best;
 }
 
 template <typename T, typename C>
-const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
-    Params p = make_params(problem, kW4A16Panel, C::kTokens);
-    if (kScalesInDecoding<T, C>) p.unit = kScaledUnit;
-    divide_work<T, C>(p, problem.slices, device);
+const char* run(const Plan& plan, const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    if (plan.time == INT64_MAX) return "w4a16_wgmma: more slices than steps";
+    const Params& p = plan.params;
     const int clusters = concurrent_clusters<T, C>(p.slices, device);
     const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,
                      p.slices * (p.tiles < clusters ? p.tiles : clusters), p.slices};
     return launch(how, p, problem, device, stream);
+}
+
+template <int kGroups>
+using Wgmma32 = Config<kGroups, 32, 7, 1>;
+template <int kGroups>
+using Wgmma64 = Config<kGroups, 64, 5, 2>;
+template <int kGroups>
+using Wgmma96 = Config<kGroups, 96, 5, 2>;
+template <int kGroups>
+using Wgmma128 = Config<kGroups, 128, 4, 2>;
+
+// The tile of 64, 96 or 128 tokens that is estimated to take the least time. A larger tile reads and dequantizes the
+// weights less often, so that a smaller one must be faster by more than the estimates tell apart.
+template <typename T, int kGroups>
+const char* run_fastest(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    const Plan of_64 = make_plan<T, Wgmma64<kGroups>>(problem, device);
+    const Plan of_96 = make_plan<T, Wgmma96<kGroups>>(problem, device);
+    const Plan of_128 = make_plan<T, Wgmma128<kGroups>>(problem, device);
+    const auto faster = [](const Plan& a, const Plan& b) { return a.time + a.time / 32 < b.time; };
+    if (faster(of_64, of_96) && faster(of_64, of_128)) {
+        return run<T, Wgmma64<kGroups>>(of_64, problem, device, stream);
+    }
+    if (faster(of_96, of_128)) return run<T, Wgmma96<kGroups>>(of_96, problem, device, stream);
+    return run<T, Wgmma128<kGroups>>(of_128, problem, device, stream);
+}
+
+template <typename T, typename C>
+const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
+    return run<T, C>(make_plan<T, C>(problem, device), problem, device, stream);
 }
 
 struct Wgmma {
@@ -458,13 +492,15 @@ struct Wgmma {
     static const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStream_t stream) {
         switch (problem.kernel) {
             case W4A16Kernel::kWgmma32:
-                return w4a16::run<T, Config<kGroups, 32, 7, 1>>(problem, device, stream);
+                return w4a16::run<T, Wgmma32<kGroups>>(problem, device, stream);
             case W4A16Kernel::kWgmma64:
-                return w4a16::run<T, Config<kGroups, 64, 5, 2>>(problem, device, stream);
+                return w4a16::run<T, Wgmma64<kGroups>>(problem, device, stream);
             case W4A16Kernel::kWgmma96:
-                return w4a16::run<T, Config<kGroups, 96, 5, 2>>(problem, device, stream);
+                return w4a16::run<T, Wgmma96<kGroups>>(problem, device, stream);
             case W4A16Kernel::kWgmma128:
-                return w4a16::run<T, Config<kGroups, 128, 4, 2>>(problem, device, stream);
+                return w4a16::run<T, Wgmma128<kGroups>>(problem, device, stream);
+            case W4A16Kernel::kWgmma:
+                return run_fastest<T, kGroups>(problem, device, stream);
             default:
                 return "w4a16_wgmma: not a kernel of this file";
         }

@@ -1,4 +1,4 @@
-"""The built CUDA module, read by cuobjdump: which GPUs it has code for, which instructions, and that nothing spills."""
+"""The built CUDA module, read by cuobjdump: GPUs, instructions, spilled registers, registers written too early."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernels.machine_code import overwritten
 from vllm_sparse.kernels import cuda_mma
 
 
@@ -79,6 +80,14 @@ def test_no_function_spills_registers() -> None:
             with_stack.append((architecture, function, int(found[1])))
     assert architectures == {*PORTABLE, HOPPER}
     assert with_stack == []
+
+
+def test_no_register_is_written_while_wgmma_reads_it() -> None:
+    functions = dump("-sass", "-arch", HOPPER).split("Function : ")[1:]
+    names = [function.split("\n", 1)[0] for function in functions if "GMMA.SP" in function]
+    assert any("w4a16_wgmma_kernel" in name for name in names) and any("hopper" in name for name in names)
+    found = {function.split("\n", 1)[0]: overwritten(function) for function in functions}
+    assert {name: lines for name, lines in found.items() if lines} == {}
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
