@@ -7,6 +7,7 @@
 
 #include "device_guard.h"
 #include "hopper_table.cuh"
+#include "launch.h"
 
 namespace vllm_sparse::hopper {
 namespace {
@@ -27,26 +28,6 @@ struct Device {
 };
 Device devices[kMaxDevices][kElements];
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void* pointer = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found) !=
-                cudaSuccess ||
-            found != cudaDriverEntryPointSuccess) {
-            pointer = nullptr;
-        }
-        return reinterpret_cast<EncodeTiled>(pointer);
-    }();
-    return function;
-}
-
-const char* text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 int blocks_per_cluster(const Configuration& c) { return c.cluster > 1 ? c.cluster : c.split; }
 
 // Allows large shared memory and counts the clusters that fit: fewer than multiprocessors / size where a cluster may
@@ -54,21 +35,10 @@ int blocks_per_cluster(const Configuration& c) { return c.cluster > 1 ? c.cluste
 // on each.
 const char* prepare_kernel(const Configuration& c, int* workers) {
     constexpr int kAllShared = 232448;
-    if (const char* error =
-            text(cudaFuncSetAttribute(c.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAllShared)))
-        return error;
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = blocks_per_cluster(c);
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks_per_cluster(c));
-    config.blockDim = dim3(c.threads);
-    config.dynamicSmemBytes = kAllShared;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    return text(cudaOccupancyMaxActiveClusters(workers, c.kernel, &config));
+    const auto kernel = reinterpret_cast<const void*>(c.kernel);
+    if (const char* error = allow_shared(kernel, kAllShared)) return error;
+    const int cluster = blocks_per_cluster(c);
+    return vllm_sparse::count_clusters({kernel, cluster, c.threads, kAllShared, cluster}, workers);
 }
 
 // Once per device, which is current, and element: permissions and sizes.
@@ -240,21 +210,10 @@ const char* linear(const LinearArguments& a, int configuration, bool programmati
     const int cluster_size = blocks_per_cluster(c);
     const int clusters = std::min(workers, rounds.whole > 0 ? args.tiles : 2 * args.shared_tiles);
 
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(clusters * cluster_size);
-    config.blockDim = dim3(c.threads);
-    config.dynamicSmemBytes = c.shared_bytes;
-    config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim.x = cluster_size;
-    attributes[0].val.clusterDim.y = 1;
-    attributes[0].val.clusterDim.z = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = attributes;
-    config.numAttrs = programmatic ? 2 : 1;
-    return text(cudaLaunchKernelEx(&config, c.kernel, x_map, out_map, args));
+    void* arguments[] = {&x_map, &out_map, &args};
+    return launch({reinterpret_cast<const void*>(c.kernel), clusters * cluster_size, c.threads, c.shared_bytes,
+                   cluster_size, programmatic, static_cast<cudaStream_t>(stream)},
+                  arguments);
 }
 
 }  // namespace vllm_sparse::hopper

@@ -1,5 +1,6 @@
 // Which instance of the mma.sp kernel runs, and its launch.
 #include "device_guard.h"
+#include "launch.h"
 #include "mma_linear.cuh"
 
 namespace vllm_sparse::mma {
@@ -44,21 +45,9 @@ template <typename C>
 const char* launch(const LinearProblem& problem, const LinearDevice& device, int blocks, cudaStream_t stream) {
     Params p = make_params<C>(problem, &blocks);
     const void* kernel = reinterpret_cast<const void*>(mma_linear_kernel<C>);
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(C::kThreads);
-    config.dynamicSmemBytes = C::kBytes;
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = device.overlap;
+    if (const char* error = allow_shared(kernel, C::kBytes)) return error;
     void* arguments[] = {&p};
-    error = cudaLaunchKernelExC(&config, kernel, arguments);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return vllm_sparse::launch({kernel, blocks, C::kThreads, C::kBytes, 0, device.overlap, stream}, arguments);
 }
 
 template <typename W, typename X>

@@ -11,6 +11,7 @@
 
 #include "device_guard.h"
 #include "hopper_ptx.cuh"
+#include "launch.h"
 #include "pairs.cuh"
 
 namespace vllm_sparse::rows {
@@ -165,22 +166,9 @@ const char* launch(void (*kernel)(Parameters...), const Layout& layout, int devi
                    Arguments... arguments) {
     const DeviceGuard guard(device);
     if (guard.error != nullptr) return guard.error;
-    cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(layout.tokens * layout.blocks);
-    config.blockDim = dim3(kThreads);
-    config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attributes;
-    if (overlap) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (layout.blocks > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(layout.blocks), 1, 1};
-    }
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    const LaunchConfig config({reinterpret_cast<const void*>(kernel), layout.tokens * layout.blocks, kThreads, 0,
+                               layout.blocks > 1 ? layout.blocks : 0, overlap, static_cast<cudaStream_t>(stream)});
+    return text(cudaLaunchKernelEx(config.get(), kernel, static_cast<Parameters>(arguments)...));
 }
 
 }  // namespace vllm_sparse::rows

@@ -1,7 +1,6 @@
 // What the two W4A16 kernels share: the packed layout, the division of work, the codes' conversion and the epilogue.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -9,6 +8,7 @@
 #include <type_traits>
 
 #include "hopper_ptx.cuh"
+#include "launch.h"
 #include "pairs.cuh"
 #include "w4a16.h"
 
@@ -496,23 +496,6 @@ inline Params make_params(const W4A16Problem& problem, int tile_rows, int tile_t
 // Divide `total` steps among blocks or units among row tiles.
 inline void divide(Params& p, int total, int parts) { p.share = total / parts, p.longer = total % parts; }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, found at run time so that the library needs no libcuda to link.
-inline EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void* found = nullptr;
-        cudaDriverEntryPointQueryResult result;
-        const auto error =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-        return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(found)
-                                                                             : nullptr;
-    }();
-    return function;
-}
-
 // x in boxes of `rows` tokens x 64 columns, 128-byte swizzle, zeros outside.
 inline const char* describe_tokens(const W4A16Problem& problem, int rows, CUtensorMap* map) {
     const EncodeTiled encode = encode_tiled();
@@ -529,35 +512,12 @@ inline const char* describe_tokens(const W4A16Problem& problem, int rows, CUtens
 
 // With device.overlap the kernel's prologue and first weights run under the tail of the
 // previous kernel of the stream.
-struct Launch {
-    const void* kernel;
-    int threads, shared_bytes;
-    int blocks, cluster;
-};
-
 template <typename P>
-const char* launch(const Launch& how, P p, const CUtensorMap& token_map, const W4A16Device& device,
-                   cudaStream_t stream) {
-    cudaError_t error = cudaFuncSetAttribute(how.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    cudaLaunchAttribute attributes[2];
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(how.blocks);
-    config.blockDim = dim3(how.threads);
-    config.dynamicSmemBytes = how.shared_bytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    if (device.overlap) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (how.cluster > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
-    }
+const char* launch(Launch how, P p, const CUtensorMap& token_map, const W4A16Device& device, cudaStream_t stream) {
+    how.overlap = device.overlap, how.stream = stream;
+    if (const char* error = allow_shared(how.kernel, how.shared_bytes)) return error;
     void* arguments[] = {&p, const_cast<CUtensorMap*>(&token_map)};
-    error = cudaLaunchKernelExC(&config, how.kernel, arguments);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return vllm_sparse::launch(how, arguments);
 }
 
 // For kernels whose token tiles are boxes of p.rows, where the copy engine fetches them.

@@ -224,7 +224,6 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, cudaStre
     how.threads = C::kThreads + (device.capability >= 90 ? 32 * kProducers : 0);
     how.shared_bytes = C::Memory::kBytes;
     how.blocks = static_cast<int>(steps < device.sm_count ? steps : device.sm_count);
-    how.cluster = 1;
     divide(p, p.tiles * p.steps, how.blocks);
     return launch(how, p, problem, device, stream);
 }

@@ -388,26 +388,16 @@ inline const char* describe_planes(const W4A16Problem& problem, int rows, int pl
 
 // Clusters of two blocks that run at once, one block per multiprocessor.
 inline const char* count_pairs(const void* kernel, const W4A16Device& device, int* pairs) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {2, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(2);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kAllShared;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(pairs, kernel, &config);
+    const char* error = count_clusters({kernel, 2, kThreads, kAllShared, 2}, pairs);
     if (*pairs > device.sm_count / 2) *pairs = device.sm_count / 2;
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return error;
 }
 
 template <typename T, typename C>
 const char* run(const W4A16Problem& problem, const W4A16Device& device, int slices, cudaStream_t stream) {
     if (C::kWhole && slices > 1) return "w4a16_stream: too many rows for two slices";
     const void* kernel = reinterpret_cast<const void*>(w4a16_stream_kernel<T, C>);
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAllShared);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (const char* why = allow_shared(kernel, kAllShared)) return why;
     static int pairs = 0;
     if (slices == 2 && pairs == 0) {
         if (const char* why = count_pairs(kernel, device, &pairs)) return why;
@@ -455,8 +445,9 @@ const char* run(const W4A16Problem& problem, const W4A16Device& device, int slic
     p.barriers = (p.sums + sum_bytes + 7) / 8 * 8;
     CUtensorMap token_map;
     if (const char* why = describe_planes(problem, p.copied, p.planes ? 2 * C::kSteps : 0, &token_map)) return why;
-    return launch({kernel, kThreads, kSharedBytes, (p.tiles < clusters ? p.tiles : clusters) * slices, slices}, p,
-                  token_map, device, stream);
+    return launch(
+        {kernel, (p.tiles < clusters ? p.tiles : clusters) * slices, kThreads, kSharedBytes, slices > 1 ? slices : 0},
+        p, token_map, device, stream);
 }
 
 struct Stream {

@@ -391,19 +391,10 @@ int concurrent_clusters(int slices, const W4A16Device& device) {
     static int known[kMaxSlices + 1] = {};
     if (known[slices] == 0) {
         const auto kernel = reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>);
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-        cudaLaunchAttribute attribute;
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim = {static_cast<unsigned>(slices), 1, 1};
-        cudaLaunchConfig_t config{};
-        config.gridDim = dim3(slices * (device.sm_count / slices));
-        config.blockDim = dim3(C::kThreads);
-        config.dynamicSmemBytes = C::kSharedBytes;
-        config.attrs = &attribute;
-        config.numAttrs = 1;
         int clusters = 0;
-        const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-        known[slices] = error == cudaSuccess && clusters > 0 ? clusters : 1;
+        const char* error = allow_shared(kernel, C::kSharedBytes);
+        if (error == nullptr) error = count_clusters({kernel, slices, C::kThreads, C::kSharedBytes, slices}, &clusters);
+        known[slices] = error == nullptr && clusters > 0 ? clusters : 1;
     }
     const int all = device.sm_count / slices;
     return known[slices] < all ? known[slices] : all;
@@ -453,9 +444,10 @@ const char* run(const Plan& plan, const W4A16Problem& problem, const W4A16Device
     if (plan.time == INT64_MAX) return "w4a16_wgmma: more slices than steps";
     const Params& p = plan.params;
     const int clusters = concurrent_clusters<T, C>(p.slices, device);
-    const Launch how{reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), C::kThreads, C::kSharedBytes,
-                     p.slices * (p.tiles < clusters ? p.tiles : clusters), p.slices};
-    return launch(how, p, problem, device, stream);
+    return launch(
+        {reinterpret_cast<const void*>(w4a16_wgmma_kernel<T, C>), p.slices * (p.tiles < clusters ? p.tiles : clusters),
+         C::kThreads, C::kSharedBytes, p.slices > 1 ? p.slices : 0},
+        p, problem, device, stream);
 }
 
 template <int kGroups>
