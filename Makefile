@@ -1,6 +1,6 @@
 # make demo   compress a real model and serve it, dense against 2:4, in one table
 # make test   everything CI checks
-# make report write the README's performance section from benchmarks/results
+# make report write docs/performance.md and the README's digest from benchmarks/results
 # make venv   only the virtual environment with the package built in place
 PYTHON ?= python3
 VENV ?= .venv

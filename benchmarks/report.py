@@ -1,4 +1,4 @@
-"""Write the README's performance section from ``benchmarks/results/*/*.json``; no number there is typed by hand.
+"""Write docs/performance.md and the README's digest of it from ``benchmarks/results``; no number is typed by hand.
 
 python -m benchmarks.report          # also: make report
 """
@@ -7,208 +7,92 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
-from benchmarks.plot_compress import PHASES
-from vllm_sparse.bench.report import (
-    accuracy_table,
-    decode_table,
-    first_token_table,
-    latency_table,
-    memory_table,
-    served_tables,
-    table,
-    throughput_table,
-)
-from vllm_sparse.bench.store import SCHEMA
+from benchmarks import tables
+from benchmarks.tables import described
+from vllm_sparse.bench.report import table
 from vllm_sparse.bench.summary import Summary
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+README = tables.ROOT / "README.md"
+PAGE = tables.ROOT / "docs" / "performance.md"
 BEGIN = "<!-- performance: written by `make report` from benchmarks/results -->"
 END = "<!-- end of performance -->"
-OURS = "vllm-sparse"
-SPARSE = (OURS, "vllm-sparse-mma", "cusparselt")
-LAYERS = ("qkv", "o", "gate_up", "down")
-MOST_COLUMNS = 16
-RANGES = ((1, 16), (17, 64), (65, 128), (129, 256), (257, 512), (513, 1024), (1025, 4096))
-
-
-def _described(data: dict[str, Any], file: Path) -> str:
-    versions = data.get("versions", {})
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else ""
-    return f"{str(data['date'])[:10]}, {listed} ([{file.name}]({file.relative_to(ROOT)}))"
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+MODEL = "Llama-3.1-8B"
+# What the README shows of the results, in this order.
+DIGEST = (
+    "h200/linear-llama-3.1-8b.json",
+    "h200/serving-llama-3.1-8b-landed.json",
+    "epyc-zen4-2cpu/linear-cpu.json",
+    "epyc-zen4-2cpu/serving-llama-3.2-1b.json",
+    "epyc-zen4-2cpu/accuracy-pyllama-27m.json",
+    "epyc-zen4-2cpu/compress-speed-landed-pyllama-27m.json",
+)
 
 
 def linear(data: dict[str, Any], file: Path) -> list[str]:
-    """Return one table per model: microseconds of the sum over a block's linear layers, against tokens.
-
-    A kernel that lacks a layer at some number of tokens has no sum there. Ratios are to the fastest dense kernel of
-    the same scheme, or of any scheme where there is none, and to bf16.
-    """
-    times: dict[str, dict[tuple[str, str, int], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    for row in data["rows"]:
-        times[row["model"]][row["kernel"], row["scheme"], row["m"]][row["layer"]] = row["us"]
-    parts = []
-    for model, found in times.items():
-        if len({m for _, _, m in found}) > MOST_COLUMNS:
-            parts += _sweep(model, found, _described(data, file))
-            continue
-        sums = {key: sum(layers.values()) for key, layers in found.items() if set(layers) >= set(LAYERS)}
-        ours = sorted({scheme for kernel, scheme, _ in sums if kernel == OURS})
-        tokens = sorted({m for kernel, _, m in sums if kernel == OURS})
-        if not tokens:
-            continue
-        kinds = sorted({key[:2] for key in sums}, key=lambda kind: (kind[0] == OURS, kind))
-        rows = [
-            [_named(kernel, scheme), *(_micro(sums.get((kernel, scheme, m))) for m in tokens)]
-            for kernel, scheme in kinds
-        ]
-        for scheme in ours:
-            same = [kind for kind in kinds if kind[0] not in SPARSE and kind[1] == scheme]
-            dense = same or [kind for kind in kinds if kind[0] not in SPARSE]
-            rows.append([f"{scheme}: best dense / ours", *_ratios(sums, dense, scheme, tokens)])
-            rows.append([f"{scheme}: bf16 / ours", *_ratios(sums, [("torch-bf16", "bf16")], scheme, tokens)])
-        head = f"**{model}**: microseconds of one block's four linear layers; {_described(data, file)}"
-        parts += [head, "", table(["tokens", *map(str, tokens)], rows), ""]
-    plots = [file.with_suffix(".svg"), *sorted(file.parent.glob(f"{file.stem}-*.svg"))]
-    return parts + [f"![{plot.stem}]({plot.relative_to(ROOT)})\n" for plot in plots if plot.exists()]
-
-
-def _sweep(model: str, times: dict[tuple[str, str, int], dict[str, float]], described: str) -> list[str]:
-    """Return a table of many numbers of tokens: the layer that gains least over the fastest dense kernel."""
-    schemes = sorted({scheme for kernel, scheme, _ in times if kernel == OURS})
+    """Return a table of how many times as fast the sum of a block's linear layers is, per scheme and tokens."""
+    sums = tables.sums_of(tables.layer_times(data)[MODEL])
+    schemes = sorted({scheme for kernel, scheme, _ in sums if kernel == tables.OURS})
+    tokens = [m for m in TOKENS if any(key[0] == tables.OURS and key[2] == m for key in sums)]
     rows = []
     for scheme in schemes:
-        cells = []
-        for low, high in RANGES:
-            gains = []
-            for m in sorted({m for kernel, of, m in times if (kernel, of) == (OURS, scheme) and low <= m <= high}):
-                for layer, us in times[OURS, scheme, m].items():
-                    kinds = [kind for kind in times if kind[0] not in SPARSE and kind[1:] == (scheme, m)]
-                    dense = min((times[kind][layer] for kind in kinds if layer in times[kind]), default=None)
-                    gains += [(dense / us, f"{layer}, {m}")] if dense else []
-            cells.append("{:.2f}x ({})".format(*min(gains)) if gains else "–")
-        rows.append([scheme, *cells])
-    count = len({m for _, _, m in times})
-    head = f"**{model}**, {count} numbers of tokens: the layer that gains least over the fastest dense kernel"
-    return [f"{head}; {described}", "", table(["tokens", *(f"{low} … {high}" for low, high in RANGES)], rows), ""]
-
-
-def _named(kernel: str, scheme: str) -> str:
-    return kernel if kernel.endswith(scheme) else f"{kernel} {scheme}"
-
-
-def _ratios(
-    sums: dict[tuple[str, str, int], float], dense: list[tuple[str, str]], scheme: str, tokens: list[int]
-) -> list[str]:
-    """Return how much faster our kernel is than the fastest of ``dense`` at each number of tokens."""
-    cells = []
-    for m in tokens:
-        fastest = min((sums[*kind, m] for kind in dense if (*kind, m) in sums), default=None)
-        own = sums.get((OURS, scheme, m))
-        cells.append(f"{fastest / own:.2f}x" if fastest and own else "–")
-    return cells
-
-
-def _micro(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-
-
-def accuracy(data: dict[str, Any], file: Path) -> list[str]:
-    """Return a table of methods: mean negative log-likelihood over calibration draws, its range, validity, seconds."""
-    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in data["rows"]:
-        rows[row["method"]].append(row)
-    cells = []
-    for method, same in rows.items():
-        nll = [row["nll"] for row in same]
-        seconds = [row["seconds"] for row in same if row.get("seconds") is not None]
-        valid = {None: "–", True: "yes", False: "no"}[same[0].get("valid_24")]
-        spread = f"{min(nll):.4f} … {max(nll):.4f}"
-        time = f"{mean(seconds):.0f}" if seconds else "–"
-        cells.append([method, f"{mean(nll):.4f}", spread, str(len(nll)), valid, time])
-    head = f"**{Path(str(data['model'])).name}**: negative log-likelihood per token; {_described(data, file)}"
-    return [head, "", table(["method", "mean", "range", "draws", "valid 2:4", "seconds"], cells), ""]
-
-
-def compress_speed(data: dict[str, Any], file: Path) -> list[str]:
-    """Return a table of the seconds of our runs and how many times as long the rival takes."""
-    rows = []
-    for row in data["ratios"]:
-        own = [one for one in data["rows"] if one["tool"] == "ours"]
-        own = [one for one in own if (one["recipe"], one["threads"]) == (row["recipe"], row["threads"])]
-        seconds = median(one["call_wall"] for one in own)
-        ratios = [row.get(what) for what in ("call_wall", "call_wall_against_best", "call_cpu", "process_wall")]
-        cells = ["–" if ratio is None else f"{ratio:.1f}x" for ratio in ratios]
-        rows.append([f"{row['recipe']} / {row['against']}", str(row["threads"]), f"{seconds:.1f}", *cells])
-    size = data["calibration"]
-    versions = {f"{tool}, {name}": text for tool in ("ours", "rival") for name, text in data["versions"][tool].items()}
-    head = (
-        f"**{data['model']}**: seconds of compress with {size['sequences']} x {size['length']} tokens, and how many "
-        f"times that {data['rival']} takes for its recipe; {_described(data | {'versions': versions}, file)}"
-    )
-    columns = ["ours / rival's", "threads", "seconds", "same threads", "rival's best threads", "CPU", "process"]
-    return [head, "", table(columns, rows), ""]
-
-
-def compress_shapes(data: dict[str, Any], file: Path) -> list[str]:
-    """Return a table of seconds over blocks and sequences, and the picture of both curves."""
-    rows = []
-    for row in data["rows"]:
-        seconds = [sum(row["phases"].get(name, 0.0) for name in names) for names in PHASES.values()]
-        size = f"{row['sequences']} x {row['length']}"
-        rows.append([row["shapes"], str(row["blocks"]), size, f"{row['seconds']:.2f}", *(f"{x:.2f}" for x in seconds)])
-    head = f"**Compressing**, {data['model']}: seconds; {_described(data, file)}"
-    names = [", ".join(names) for names in PHASES.values()]
-    parts = [head, "", table(["shapes", "blocks", "tokens", "all", *names], rows), ""]
-    plot = file.with_suffix(".svg")
-    return parts + ([f"![{plot.stem}]({plot.relative_to(ROOT)})\n"] if plot.exists() else [])
+        dense = tables.dense_of(sums, scheme)
+        same = any(of == scheme for _, of in dense)
+        peers = " or ".join(kernel for kernel, _ in dense) if same else "any dense kernel"
+        rows.append([scheme, peers, *tables.ratios(sums, dense, scheme, tokens)])
+        if scheme != "bf16":
+            rows.append([scheme, "bf16", *tables.ratios(sums, tables.dense_of(sums, "bf16"), scheme, tokens)])
+    head = f"**Linear layers of {MODEL} on {file.parent.name}**, times as fast, by tokens; {described(data, file)}"
+    return [head, "", table(["2:4", "than dense", *map(str, tokens)], rows), ""]
 
 
 def serving(data: dict[str, Any], file: Path) -> list[str]:
-    """Return the latency, throughput, accuracy and memory tables of one run of ``vllm-sparse bench``."""
+    """Return a table of what each model gains over the first, as means over use cases, and the size of its weights."""
     summary = Summary(data)
-    titles = {
-        "seconds of one request": latency_table(summary),
-        "milliseconds to the first token": first_token_table(summary),
-        "tokens per second after it": decode_table(summary),
-        f"requests per second, {data['arguments']['requests']} at once": throughput_table(summary),
-        "accuracy": accuracy_table(summary),
-        "memory": memory_table(summary),
-    }
-    titles |= dict(served_tables(summary))
+    rows = []
+    for model in summary.models:
+        cells = [model]
+        for suite, figure, lower in (("latency", summary.latency, True), ("throughput", summary.throughput, False)):
+            names = [name for name, _, _ in summary.cases(suite)]
+            gains = [summary.ratio(figure(model, name), figure(summary.baseline, name), lower) for name in names]
+            known = [gain for gain in gains if gain is not None]
+            cells.append(f"{mean(known):.2f}x" if known and len(known) == len(names) else "–")
+        sizes = [row["weight_bytes"] for row in data["rows"] if row["model"] == model and row.get("weight_bytes")]
+        rows.append([*cells, f"{sizes[0] / 1e9:.2f} GB" if sizes else "–"])
+    cases = len(summary.cases("latency"))
+    over = f"means over {cases} use cases" if cases > 1 else "one use case"
+    name = file.stem.removeprefix("serving-").removesuffix("-landed")
+    head = f"**vLLM on {file.parent.name}**, {name}, {over}; {described(data, file)}"
+    return [head, "", table(["model", "one request at a time", "requests per second", "weights"], rows), ""]
+
+
+MAKERS = {
+    "linear-": linear,
+    "serving-": serving,
+    "accuracy-": tables.accuracy,
+    "compress-speed-": tables.compress_speed,
+}
+
+
+def digest(results: Path) -> str:
+    """Return the README's tables: those of ``DIGEST`` that there are."""
     parts = []
-    for title, text in titles.items():
-        if text is not None:
-            parts += [f"**vLLM, {title}**; {_described(data, file)}", "", text, ""]
-    return parts
+    for name in DIGEST:
+        file = results / name
+        if file.exists():
+            make = next(make for prefix, make in MAKERS.items() if file.name.startswith(prefix))
+            parts += make(json.loads(file.read_text(encoding="utf-8")), file)
+    return "\n".join(parts).strip()
 
 
-def section(results: Path) -> str:
-    """Return the section's Markdown: one heading per machine, its results below it."""
-    lines = []
-    for machine in sorted(folder for folder in results.iterdir() if folder.is_dir()):
-        parts = []
-        for file in sorted(machine.glob("*.json")):
-            data = json.loads(file.read_text(encoding="utf-8"))
-            if data.get("schema") == SCHEMA:
-                parts += serving(data, file)
-            elif file.name.startswith("linear-"):
-                parts += linear(data, file)
-            elif file.name.startswith("accuracy-"):
-                parts += accuracy(data, file)
-            elif file.name.startswith("compress-speed-"):
-                parts += compress_speed(data, file)
-            elif file.name.startswith("compress-"):
-                parts += compress_shapes(data, file)
-        if parts:
-            lines += [f"### {machine.name}", "", *parts]
-    return "\n".join(lines).strip()
+def page(results: Path) -> str:
+    """Return docs/performance.md."""
+    body = tables.section(results).replace("](benchmarks/", "](../benchmarks/")
+    return f"# Performance\n\nWritten by `make report` from [benchmarks/results](../benchmarks/results).\n\n{body}\n"
 
 
 def replaced(text: str, body: str) -> str:
@@ -220,13 +104,14 @@ def replaced(text: str, body: str) -> str:
 
 
 def main() -> int:
-    """Rewrite the README's section; return the exit status."""
-    body = section(RESULTS) if RESULTS.is_dir() else ""
+    """Rewrite both; return the exit status."""
+    body = digest(tables.RESULTS)
     if not body:
-        print(f"no results in {RESULTS}", file=sys.stderr)
+        print(f"no results in {tables.RESULTS}", file=sys.stderr)
         return 1
+    PAGE.write_text(page(tables.RESULTS), encoding="utf-8")
     README.write_text(replaced(README.read_text(encoding="utf-8"), body), encoding="utf-8")
-    print(f"{README} is up to date with {RESULTS}")
+    print(f"{PAGE} and {README} are up to date with {tables.RESULTS}")
     return 0
 
 
