@@ -510,8 +510,7 @@ inline const char* describe_tokens(const W4A16Problem& problem, int rows, CUtens
     return result == CUDA_SUCCESS ? nullptr : "w4a16: the activations cannot be described to the copy engine";
 }
 
-// With device.overlap the kernel's prologue and first weights run under the tail of the
-// previous kernel of the stream.
+// With device.overlap the kernel's prologue and first weights run under the tail of the stream's previous kernel.
 template <typename P>
 const char* launch(Launch how, P p, const CUtensorMap& token_map, const W4A16Device& device, cudaStream_t stream) {
     how.overlap = device.overlap, how.stream = stream;
