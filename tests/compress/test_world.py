@@ -67,12 +67,12 @@ def test_two_processes_write_what_one_writes(text, tmp_path, monkeypatch):
     assert [layer["tokens"] for layer in first["layers"]] == [layer.tokens for layer in alone.layers]
     assert first["verification"]["violations"] == 0 and first["dense"] == list(alone.dense)
     for layer, own in zip(first["layers"], alone.layers, strict=True):
-        assert layer["error"] == pytest.approx(own.error, rel=1e-2)
+        # What turned over in the first block changes all the second one's inputs a little.
+        assert layer["error"] == pytest.approx(own.error, rel=1e-2 if ".layers.0." in layer["name"] else 3e-2)
     one, two = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two")
     assert set(one.tensors) == set(two.tensors)
     packed = [name for name in one.tensors if name.endswith("weight_packed")]
     same = {name: float((one.load(name) == two.load(name)).double().mean()) for name in packed}
-    # What turned over in the first block changes all the second one's inputs a little.
     assert min(same.values()) > 0.5
     assert min(share for name, share in same.items() if ".layers.0." in name) > 0.9
     ids = torch.randint(257, (4, 60), generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.formats.golden import CASES
 from tests.plugin.agreement import assert_greedy
-from tests.plugin.conftest import NEW_TOKENS, PROMPTS
+from tests.plugin.conftest import NEW_TOKENS, PROMPTS, needs_vnni
 from tests.plugin.layers import prune_to_two_of_four
 from tests.plugin.models import (
     compress,
@@ -111,6 +111,7 @@ def test_bitmask_of_another_dtype_than_the_model_runs_in(engine: Any, tmp_path: 
             assert float((logits.max(-1).values - chosen).max()) < 0.05  # fp16 activations, logits up to 8
 
 
+@needs_vnni
 def test_checkpoint_that_vllm_refuses_for_its_config_alone(engine: Any, tmp_path: Path) -> None:
     """One whose ``sparsity_config`` says "dense" (vLLM issue 51188): vLLM's own methods serve it, without a flag."""
     stored = save_published(random_model(), tmp_path / "m", PUBLISHED["quantized-int8-tensor"])

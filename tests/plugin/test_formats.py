@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.formats.encoders import encode
 from tests.formats.golden import CASES, Case, config, layer
-from tests.plugin.conftest import VllmContext
+from tests.plugin.conftest import VllmContext, needs_vnni
 from tests.plugin.layers import PARTS
 from vllm_sparse.errors import FormatError, NotSparseError, UnsupportedError
 
@@ -123,6 +123,7 @@ def test_unstructured_bitmask_says_how_to_convert_it() -> None:
         new_config(case)
 
 
+@needs_vnni
 def test_quantized_layer_that_is_not_sparse_is_served_by_vllm(vllm_context: VllmContext) -> None:
     case = next(case for case in CASES if case.name == "quantized-int8-tensor")
     sparse, full = sized(case, 128, 256), replace(sized(case, 128, 256), two_of_four=False)
