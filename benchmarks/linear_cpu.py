@@ -138,13 +138,18 @@ def read_peer() -> Peer:
     return Peer("read-only", "", stream.nbytes, [lambda x: stream.max()])
 
 
-def have_vllm() -> bool:
-    """Load vLLM's CPU kernels if the package is there."""
+def vllm_ops() -> tuple[str, ...]:
+    """Load vLLM's CPU kernels, if the package is there, and return those of interest that it has for this machine."""
     try:
-        import vllm._C  # noqa: F401
+        from vllm.platforms import current_platform
     except ImportError:
-        return False
-    return True
+        return ()
+    current_platform.import_kernels()
+    names = ("onednn_mm", "onednn_scaled_mm", "cpu_gemm_wna16")
+    return tuple(name for name in names if hasattr(torch.ops._C, name))
+
+
+VLLM_PEERS = {"onednn_mm": vllm_bf16_peer, "onednn_scaled_mm": vllm_int8_peer, "cpu_gemm_wna16": vllm_w4a16_peer}
 
 
 def peers(n: int, k: int, schemes: list[str], dense: bool) -> Iterator[Peer]:
@@ -153,10 +158,13 @@ def peers(n: int, k: int, schemes: list[str], dense: bool) -> Iterator[Peer]:
     if dense:
         yield torch_peer(torch.float32, n, k)
         yield torch_peer(torch.bfloat16, n, k)
-        if have_vllm():
-            yield vllm_bf16_peer(n, k)
-            yield vllm_int8_peer(n, k)
-            yield vllm_w4a16_peer(n, k)
+        for op in vllm_ops():
+            try:
+                peer = VLLM_PEERS[op](n, k)
+            except RuntimeError as error:  # bf16 without AVX-512, say
+                print(f"{op}, {n} x {k}: {str(error).splitlines()[0]}")
+            else:
+                yield peer
 
 
 def window(peer: Peer, x: Tensor, seconds: float) -> float:
@@ -244,7 +252,7 @@ def main(arguments: list[str]) -> None:
         summarize(rows, model)
     if options.out:
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        if not options.no_peers and have_vllm():
+        if not options.no_peers and vllm_ops():
             versions["vllm"] = importlib.import_module("vllm").__version__
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         read_tbps = round(statistics.median(reads) / 1e12, 4)

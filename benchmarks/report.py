@@ -27,6 +27,7 @@ DIGEST = (
     "h200/linear-llama-3.1-8b.json",
     "h200/serving-llama-3.1-8b-landed.json",
     "epyc-zen4-2cpu/linear-cpu.json",
+    "epyc-zen3-2cpu/linear-cpu.json",
     "epyc-zen4-2cpu/serving-llama-3.2-1b.json",
     "epyc-zen4-2cpu/accuracy-pyllama-27m.json",
     "epyc-zen4-2cpu/compress-speed-landed-pyllama-27m.json",
