@@ -138,18 +138,17 @@ def read_peer() -> Peer:
     return Peer("read-only", "", stream.nbytes, [lambda x: stream.max()])
 
 
+VLLM_PEERS = {"onednn_mm": vllm_bf16_peer, "onednn_scaled_mm": vllm_int8_peer, "cpu_gemm_wna16": vllm_w4a16_peer}
+
+
 def vllm_ops() -> tuple[str, ...]:
-    """Load vLLM's CPU kernels, if the package is there, and return those of interest that it has for this machine."""
+    """Load vLLM's CPU kernels, if the package is there, and return the peers' that it has for this machine."""
     try:
         from vllm.platforms import current_platform
     except ImportError:
         return ()
     current_platform.import_kernels()
-    names = ("onednn_mm", "onednn_scaled_mm", "cpu_gemm_wna16")
-    return tuple(name for name in names if hasattr(torch.ops._C, name))
-
-
-VLLM_PEERS = {"onednn_mm": vllm_bf16_peer, "onednn_scaled_mm": vllm_int8_peer, "cpu_gemm_wna16": vllm_w4a16_peer}
+    return tuple(name for name in VLLM_PEERS if hasattr(torch.ops._C, name))
 
 
 def peers(n: int, k: int, schemes: list[str], dense: bool) -> Iterator[Peer]:

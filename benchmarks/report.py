@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from benchmarks import tables
@@ -22,16 +21,6 @@ BEGIN = "<!-- performance: written by `make report` from benchmarks/results -->"
 END = "<!-- end of performance -->"
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 MODEL = "Llama-3.1-8B"
-# What the README shows of the results, in this order.
-DIGEST = (
-    "h200/linear-llama-3.1-8b.json",
-    "h200/serving-llama-3.1-8b-landed.json",
-    "epyc-zen4-2cpu/linear-cpu.json",
-    "epyc-zen3-2cpu/linear-cpu.json",
-    "epyc-zen4-2cpu/serving-llama-3.2-1b.json",
-    "epyc-zen4-2cpu/accuracy-pyllama-27m.json",
-    "epyc-zen4-2cpu/compress-speed-landed-pyllama-27m.json",
-)
 
 
 def linear(data: dict[str, Any], file: Path) -> list[str]:
@@ -46,7 +35,7 @@ def linear(data: dict[str, Any], file: Path) -> list[str]:
         peers = " or ".join(kernel for kernel, _ in dense) if same else "any dense kernel"
         rows.append([scheme, peers, *tables.ratios(sums, dense, scheme, tokens)])
         if scheme != "bf16":
-            rows.append([scheme, "bf16", *tables.ratios(sums, tables.dense_of(sums, "bf16"), scheme, tokens)])
+            rows.append([scheme, "bf16", *tables.ratios(sums, tables.bf16_of(sums), scheme, tokens)])
     head = f"**Linear layers of {MODEL} on {file.parent.name}**, times as fast, by tokens; {described(data, file)}"
     return [head, "", table(["2:4", "than dense", *map(str, tokens)], rows), ""]
 
@@ -56,14 +45,11 @@ def serving(data: dict[str, Any], file: Path) -> list[str]:
     summary = Summary(data)
     rows = []
     for model in summary.models:
-        cells = [model]
-        for suite, figure, lower in (("latency", summary.latency, True), ("throughput", summary.throughput, False)):
-            names = [name for name, _, _ in summary.cases(suite)]
-            gains = [summary.ratio(figure(model, name), figure(summary.baseline, name), lower) for name in names]
-            known = [gain for gain in gains if gain is not None]
-            cells.append(f"{mean(known):.2f}x" if known and len(known) == len(names) else "–")
-        sizes = [row["weight_bytes"] for row in data["rows"] if row["model"] == model and row.get("weight_bytes")]
-        rows.append([*cells, f"{sizes[0] / 1e9:.2f} GB" if sizes else "–"])
+        latency = summary.mean_ratio("latency", model, summary.latency, lower_is_better=True)
+        throughput = summary.mean_ratio("throughput", model, summary.throughput)
+        cells = ["–" if gain is None else f"{gain:.2f}x" for gain in (latency, throughput)]
+        sizes = [row["weight_bytes"] for row in summary.rows("memory", model=model) if row.get("weight_bytes")]
+        rows.append([model, *cells, f"{sizes[0] / 1e9:.2f} GB" if sizes else "–"])
     cases = len(summary.cases("latency"))
     over = f"means over {cases} use cases" if cases > 1 else "one use case"
     name = file.stem.removeprefix("serving-").removesuffix("-landed")
@@ -71,21 +57,24 @@ def serving(data: dict[str, Any], file: Path) -> list[str]:
     return [head, "", table(["model", "one request at a time", "requests per second", "weights"], rows), ""]
 
 
-MAKERS = {
-    "linear-": linear,
-    "serving-": serving,
-    "accuracy-": tables.accuracy,
-    "compress-speed-": tables.compress_speed,
+# What the README shows of the results, in this order.
+DIGEST = {
+    "h200/linear-llama-3.1-8b.json": linear,
+    "h200/serving-llama-3.1-8b-landed.json": serving,
+    "epyc-zen4-2cpu/linear-cpu.json": linear,
+    "epyc-zen3-2cpu/linear-cpu.json": linear,
+    "epyc-zen4-2cpu/serving-llama-3.2-1b.json": serving,
+    "epyc-zen4-2cpu/accuracy-pyllama-27m.json": tables.accuracy,
+    "epyc-zen4-2cpu/compress-speed-landed-pyllama-27m.json": tables.compress_speed,
 }
 
 
 def digest(results: Path) -> str:
     """Return the README's tables: those of ``DIGEST`` that there are."""
     parts = []
-    for name in DIGEST:
+    for name, make in DIGEST.items():
         file = results / name
         if file.exists():
-            make = next(make for prefix, make in MAKERS.items() if file.name.startswith(prefix))
             parts += make(json.loads(file.read_text(encoding="utf-8")), file)
     return "\n".join(parts).strip()
 

@@ -33,6 +33,21 @@ def test_the_digest_has_each_schemes_gains(tmp_path: Path, monkeypatch: pytest.M
     assert "| fp8 | any dense kernel | 1.12x |" in text
 
 
+def test_without_a_bf16_kernel_there_is_no_ratio_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    linear = rows("vllm-sparse", "fp8", 2.0) + rows("vllm-fp8", "fp8", 3.0)
+    write(tmp_path / "h200" / "linear-llama-3.1-8b.json", {"rows": linear})
+    assert "| fp8 | vllm-fp8 | 1.50x |" in report.digest(tmp_path) and "| fp8 | bf16 | – |" in report.digest(tmp_path)
+    assert "| fp8: bf16 / ours | – | – |" in tables.section(tmp_path)
+
+
+def test_the_page_compares_with_the_fastest_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    linear = rows("vllm-sparse", "fp8", 2.0) + rows("torch-bf16", "bf16", 9.0) + rows("vllm-cpu-bf16", "bf16", 4.0)
+    write(tmp_path / "cpu" / "linear-cpu.json", {"rows": linear})
+    assert "| fp8: bf16 / ours | 2.00x | 2.00x |" in tables.section(tmp_path)
+
+
 def test_the_digest_has_each_models_gains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     data: dict[str, Any] = {"targets": [{"label": "bf16"}, {"label": "sparse"}], "rows": []}
@@ -40,7 +55,7 @@ def test_the_digest_has_each_models_gains(tmp_path: Path, monkeypatch: pytest.Mo
     for case, dense, sparse in (("a", 2.0, 1.0), ("b", 4.0, 1.0)):
         for model, seconds in (("bf16", dense), ("sparse", sparse)):
             data["rows"].append({"suite": "latency", "model": model, "use_case": case, "seconds": [seconds]})
-    data["rows"].append({"suite": "load", "model": "sparse", "weight_bytes": 5 * 10**9})
+    data["rows"].append({"suite": "memory", "model": "sparse", "weight_bytes": 5 * 10**9})
     write(tmp_path / "h200" / "serving-llama-3.1-8b-landed.json", data)
     text = report.digest(tmp_path)
     assert "**vLLM on h200**, llama-3.1-8b, means over 2 use cases; 2026-01-02" in text

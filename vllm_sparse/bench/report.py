@@ -46,15 +46,13 @@ def _by_case(
         return None
     rows, found = [], False
     for model in summary.models:
-        cells, ratios = [], []
+        cells = []
         for name, _, _ in cases:
             value = figure(model, name)
             ratio = summary.ratio(value, figure(summary.baseline, name), lower_is_better)
             cells.append(_cell(value, None if model == summary.baseline else ratio, 4))
-            ratios.append(ratio)
-        found = found or any(ratio is not None for ratio in ratios)
-        known = [ratio for ratio in ratios if ratio is not None]
-        mean = sum(known) / len(known) if len(known) == len(cases) else None
+            found = found or ratio is not None
+        mean = summary.mean_ratio(suite, model, figure, lower_is_better)
         rows.append([model, *cells, _NONE if mean is None else f"{mean:.2f}x"])
     return table(["model", *map(_title, cases), "mean"], rows) if found else None
 

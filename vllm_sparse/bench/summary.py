@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from vllm_sparse.bench.serving import AT_ONCE, SINGLE, sustained
@@ -117,6 +117,17 @@ class Summary:
         if figure is None or base is None or not figure.value or not base.value:
             return None
         return base.value / figure.value if lower_is_better else figure.value / base.value
+
+    def mean_ratio(
+        self, suite: str, model: str, figure: Callable[[str, str], Figure | None], lower_is_better: bool = False
+    ) -> float | None:
+        """Return the mean of a model's ratios to the baseline over the use cases of a suite; None if one is missing."""
+        ratios = [
+            self.ratio(figure(model, name), figure(self.baseline, name), lower_is_better)
+            for name, _, _ in self.cases(suite)
+        ]
+        known = [ratio for ratio in ratios if ratio is not None]
+        return mean(known) if known and len(known) == len(ratios) else None
 
     def accuracy(self) -> dict[tuple[str, str], dict[str, float]]:
         """Return ``{(task, metric): {model: value}}``, the text's perplexity first."""
